@@ -1,0 +1,3 @@
+"""FedMentor's method, with no orchestrator: a whole federated study as plain function calls."""
+
+__version__ = "0.1.0"

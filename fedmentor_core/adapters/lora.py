@@ -1,0 +1,176 @@
+"""LoRA adapters by peft: attach to a shared backbone, read, write, and store as safetensors with a JSON config.
+
+An adapter's *state* is a flat mapping of tensor names to fp32 CPU tensors. Under FFA-LoRA (``train='b'``) A is
+drawn once from the study's seed and frozen, so only the B tensors are trained, noised, sent and averaged
+(Sun et al. 2024, arXiv 2403.12313).
+
+Shapes: ``...lora_A.weight`` is (rank, d_in), ``...lora_B.weight`` is (d_out, rank).
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedmentor_core.adapters.backbone import Backbone
+from fedmentor_core.config import AdapterConfig
+from fedmentor_core.errors import BackboneError, IntegrityError
+
+State = dict[str, Any]
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+def attach(backbone: Backbone, config: AdapterConfig, seed: int) -> Any:
+    """A peft model on a tree that shares the backbone's weights; A from ``seed``, B zero.
+
+    The model is already on its device before hooks are attached (Opacus would otherwise follow stale parameters).
+
+    Raises:
+        BackboneError: a target module that matches nothing.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    tree = backbone.share()
+    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    if not isinstance(targets, str):
+        _check_targets(tree, targets)
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=targets,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = get_peft_model(tree, lora)
+    for name, parameter in model.named_parameters():
+        is_lora = "lora_" in name
+        if is_lora:
+            parameter.data = parameter.data.float()
+        parameter.requires_grad_(is_lora and (config.train == "both" or "lora_B" in name))
+    return model
+
+
+def _check_targets(tree: Any, targets: list[str]) -> None:
+    import torch
+
+    linear = {name.rsplit(".", 1)[-1] for name, module in tree.named_modules() if isinstance(module, torch.nn.Linear)}
+    missing = [target for target in targets if target.rsplit(".", 1)[-1] not in linear]
+    if missing:
+        raise BackboneError(
+            f"adapter.target_modules {missing} match no linear module of the backbone; it has {sorted(linear)}. "
+            "Name some of those, or use 'all-linear'."
+        )
+
+
+def short_name(parameter_name: str) -> str:
+    """Stable tensor name: without peft's wrapping and adapter name."""
+    return parameter_name.removeprefix("base_model.model.").replace(".default.", ".")
+
+
+def trainable_parameters(model: Any) -> dict[str, Any]:
+    """The trained tensors by short name, in a fixed order."""
+    named = {short_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(sorted(named.items()))
+
+
+def adapter_state(model: Any, *, trainable_only: bool) -> State:
+    """Copy the adapter's tensors (fp32, CPU)."""
+    return {
+        short_name(name): parameter.detach().to("cpu", copy=True).float().contiguous()
+        for name, parameter in sorted(model.named_parameters())
+        if "lora_" in name and (parameter.requires_grad or not trainable_only)
+    }
+
+
+def load_state(model: Any, state: Mapping[str, Any]) -> None:
+    """Write ``state`` into the model's adapter in place; names and shapes must match existing tensors.
+
+    Raises:
+        IntegrityError: an unknown name or another shape.
+    """
+    import torch
+
+    parameters = {short_name(name): p for name, p in model.named_parameters() if "lora_" in name}
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if name not in parameters:
+                raise IntegrityError(f"adapter tensor {name!r} does not belong to this backbone and adapter config.")
+            if tuple(tensor.shape) != tuple(parameters[name].shape):
+                raise IntegrityError(
+                    f"adapter tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(parameters[name].shape)}."
+                )
+            parameters[name].copy_(tensor)
+
+
+def state_to_bytes(state: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Safetensors bytes; the same state gives the same bytes."""
+    from safetensors.torch import save
+
+    return save(dict(sorted(state.items())), metadata=dict(metadata or {}) or None)
+
+
+def state_from_bytes(data: bytes) -> State:
+    """Read safetensors bytes.
+
+    Raises:
+        IntegrityError: not a safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(data)
+    except SafetensorError:
+        raise IntegrityError(f"adapter file of {len(data)} bytes is not valid safetensors.") from None
+
+
+def resolved_targets(model: Any) -> tuple[str, ...]:
+    """Names of the adapted linear modules."""
+    return tuple(sorted({name.split(".")[-3] for name in adapter_state(model, trainable_only=False)}))
+
+
+def save_adapter_folder(folder: Path, state: Mapping[str, Any], config: AdapterConfig, targets: tuple[str, ...]) -> None:
+    """Write an adapter in peft's own layout (loads with ``PeftModel.from_pretrained``)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wrapped = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
+    (folder / WEIGHTS_FILE).write_bytes(state_to_bytes(wrapped, {"format": "pt"}))
+    (folder / CONFIG_FILE).write_text(
+        json.dumps(
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "r": config.rank,
+                "lora_alpha": config.alpha,
+                "lora_dropout": 0.0,
+                "bias": "none",
+                "target_modules": list(targets),
+                "inference_mode": True,
+                "base_model_name_or_path": None,
+            },
+            indent=2,
+            sort_keys=True,
+        ),
+        encoding="utf-8",
+    )
+
+
+def load_adapter_folder(backbone: Backbone, folder: Path) -> Any:
+    """A model ready to generate, from a folder written by ``save_adapter_folder``.
+
+    Raises:
+        IntegrityError: the weights are torn or do not fit the backbone.
+    """
+    raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = AdapterConfig(
+        rank=raw["r"], alpha=raw["lora_alpha"], target_modules=tuple(raw["target_modules"]), train="both"
+    )
+    model = attach(backbone, config, seed=0)
+    state = state_from_bytes((folder / WEIGHTS_FILE).read_bytes())
+    load_state(model, {short_name(name): tensor for name, tensor in state.items()})
+    model.eval()
+    return model

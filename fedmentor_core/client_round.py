@@ -1,0 +1,228 @@
+"""One client's part of a round, at its site: ask the policy, charge, train, store, release.
+
+Order matters, and survives a crash at any line:
+
+    1. a finished update of this round exists  -> hand out the identical noised bytes again (free)
+    2. the site's policy and the filter admit  -> write the charge, before any data is touched
+    3. train, store the noised update under its attempt
+    4. write the release with the update's digest
+    5. write ``update.json`` last: the client's commit point
+
+A death before 5 leaves the charge standing. If the release was already written, the same bytes are handed out;
+otherwise the next attempt is charged anew.
+"""
+
+import time
+from collections.abc import Callable
+
+from fedmentor_core.adapters.lora import state_to_bytes
+from fedmentor_core.errors import BudgetError, NotFoundError
+from fedmentor_core.hashing import derive_seed
+from fedmentor_core.privacy.filter import PrivacyAccount
+from fedmentor_core.privacy.ledger import Ledger
+from fedmentor_core.records import ArtifactRef, ClientAssignment, ClientStatus, ClientUpdate, DomainPlan
+from fedmentor_core.training.client import LocalRound, train_locally
+from fedmentor_core.workspace import Workspace, client_key, find_update, update_metadata
+
+OnStep = Callable[[int, int], None]
+
+
+def run_client(
+    workspace: Workspace, assignment: ClientAssignment, on_step: OnStep = lambda done, total: None
+) -> ClientUpdate:
+    """Train one client for one round; what it returns is all that leaves the site.
+
+    Returns:
+        status 'trained' with the update's reference, or 'rested' when the domain's budget, policy or filter refuses
+        (nothing was trained, no byte changed but the ledger's refusal).
+
+    Raises:
+        LedgerError: the account is broken; nothing is trained.
+        DeadlineError, FedMentorError: the attempt failed; its charge stands.
+    """
+    started = time.perf_counter()
+    done = find_update(workspace, assignment.round_index, assignment.domain)
+    if done is not None:
+        return done
+    plan = next(plan for plan in workspace.plan.domains if plan.domain == assignment.domain)
+    if workspace.config.privacy.mode == "none":
+        update, attempt = _train(workspace, assignment, 0, on_step), 0
+        return _commit(workspace, assignment, plan, None, update, attempt, started)
+
+    ledger = workspace.ledger(assignment.domain)
+    if plan.refusals:
+        return _rest(assignment, plan, None, 0.0, plan.refusals[0], started)
+    assert plan.rdp_order is not None and plan.rdp_budget is not None
+    assert plan.epsilon_budget is not None and plan.delta is not None
+    account = ledger.open_account(
+        PrivacyAccount(plan.epsilon_budget, plan.delta, plan.rdp_order, plan.rdp_budget),
+        run_id=assignment.run_id,
+        dataset_fingerprint=plan.dataset_fingerprint,
+        reason=f"study {workspace.config.name}: {plan.rounds} rounds of {plan.steps_per_round} steps",
+    )
+    recovered = _recover(workspace, ledger, assignment)
+    if recovered is not None:
+        update, attempt = recovered
+        return _commit(workspace, assignment, plan, account, update, attempt, started)
+
+    refusal = policy_refusal(workspace, assignment, plan)
+    if refusal is not None:
+        ledger.refuse(account, run_id=assignment.run_id, round_index=assignment.round_index, reason=refusal)
+        return _rest(assignment, plan, account, ledger.spent_rdp(), refusal, started)
+    assert assignment.noise_multiplier is not None
+    attempt = ledger.next_attempt(assignment.run_id, assignment.round_index)
+    try:
+        ledger.charge(
+            account,
+            run_id=assignment.run_id,
+            round_index=assignment.round_index,
+            attempt=attempt,
+            dataset_fingerprint=plan.dataset_fingerprint,
+            noise_multiplier=assignment.noise_multiplier,
+            sample_rate=assignment.sample_rate,
+            steps=assignment.steps,
+        )
+    except BudgetError as error:
+        return _rest(assignment, plan, account, ledger.spent_rdp(), str(error), started)
+    update = _train(workspace, assignment, attempt, on_step)
+    ledger.release(
+        account,
+        run_id=assignment.run_id,
+        round_index=assignment.round_index,
+        attempt=attempt,
+        digest=update.sha256,
+        dataset_fingerprint=plan.dataset_fingerprint,
+    )
+    return _commit(workspace, assignment, plan, account, update, attempt, started)
+
+
+def policy_refusal(workspace: Workspace, assignment: ClientAssignment, plan: DomainPlan) -> str | None:
+    """Why the site's own policy refuses what the server asks, or None.
+
+    The server's wishes are requests: sampling, clip norm and least noise are the site's.
+    """
+    domain = workspace.config.domain(assignment.domain)
+    noise = assignment.noise_multiplier
+    if noise is None or not noise >= domain.min_noise_multiplier:
+        return f"noise multiplier {noise} asked for, the site's floor is {domain.min_noise_multiplier:g}"
+    if assignment.sample_rate != plan.sample_rate:
+        return f"sample rate {assignment.sample_rate:g} asked for, the site samples at {plan.sample_rate:g}"
+    if assignment.clip_norm != plan.clip_norm:
+        return f"clip norm {assignment.clip_norm:g} asked for, the site clips at {plan.clip_norm:g}"
+    if not 0 < assignment.steps <= plan.steps_per_round:
+        return f"{assignment.steps} steps asked for, the site plans {plan.steps_per_round} a round"
+    return None
+
+
+def _train(workspace: Workspace, assignment: ClientAssignment, attempt: int, on_step: OnStep) -> ArtifactRef:
+    config = workspace.config
+    noise_seed = None
+    if config.privacy.noise_seed is not None:
+        noise_seed = derive_seed(config.privacy.noise_seed, "noise", assignment.round_index, assignment.domain, attempt)
+    model = workspace.model_with(assignment.global_adapter)
+    state = train_locally(
+        model,
+        workspace.training_set(assignment.domain),
+        config.training,
+        LocalRound(
+            sample_rate=assignment.sample_rate,
+            steps=assignment.steps,
+            noise_multiplier=assignment.noise_multiplier,
+            clip_norm=assignment.clip_norm,
+            order_seed=derive_seed(config.seed, "order", assignment.round_index, assignment.domain),
+            noise_seed=noise_seed,
+        ),
+        device=workspace.backbone.device,
+        on_step=on_step,
+    )
+    metadata = update_metadata(assignment.run_id, assignment.round_index, assignment.global_adapter.sha256)
+    return workspace.store.put(
+        _update_key(workspace, assignment, attempt), state_to_bytes(state, metadata)
+    )
+
+
+def _update_key(workspace: Workspace, assignment: ClientAssignment, attempt: int) -> str:
+    return client_key(workspace, assignment.round_index, assignment.domain, f"update-{attempt:03d}.safetensors")
+
+
+def _recover(
+    workspace: Workspace, ledger: Ledger, assignment: ClientAssignment
+) -> tuple[ArtifactRef, int] | None:
+    """The bytes of an attempt that was released but not committed: the same bytes may leave again, free."""
+    for entry in reversed(ledger.entries()):
+        if (entry.kind, entry.run_id, entry.round_index) == ("release", assignment.run_id, assignment.round_index):
+            key = _update_key(workspace, assignment, entry.attempt)
+            try:
+                size = len(workspace.store.get_bytes(key))
+            except NotFoundError:
+                return None
+            ref = ArtifactRef(key=key, sha256=entry.digest, n_bytes=size)
+            workspace.store.get(ref)  # verified against the ledger's digest
+            return ref, entry.attempt
+    return None
+
+
+def _commit(
+    workspace: Workspace,
+    assignment: ClientAssignment,
+    plan: DomainPlan,
+    account: PrivacyAccount | None,
+    update: ArtifactRef,
+    attempt: int,
+    started: float,
+) -> ClientUpdate:
+    spent = None if account is None else account.epsilon_spent(workspace.ledger(assignment.domain).spent_rdp())
+    down = assignment.global_adapter.n_bytes
+    if assignment.round_index == 0:
+        down += workspace.initial_adapter.frozen.n_bytes  # the shared frozen factors travel once
+    result = _result(assignment, plan, "trained", spent, started).model_copy(
+        update={
+            "attempt": attempt,
+            "update": update,
+            "base_adapter_sha256": assignment.global_adapter.sha256,
+            "bytes_up": update.n_bytes,
+            "bytes_down": down,
+        }
+    )
+    workspace.store.put_json(client_key(workspace, assignment.round_index, assignment.domain, "update.json"), result)
+    return result
+
+
+def _rest(
+    assignment: ClientAssignment,
+    plan: DomainPlan,
+    account: PrivacyAccount | None,
+    spent_rdp: float,
+    reason: str,
+    started: float,
+) -> ClientUpdate:
+    spent = 0.0 if account is None else account.epsilon_spent(spent_rdp)
+    return _result(assignment, plan, "rested", spent, started).model_copy(update={"steps": 0, "reason": reason})
+
+
+def failed_client(assignment: ClientAssignment, plan: DomainPlan, epsilon_spent: float | None, reason: str) -> ClientUpdate:
+    """The record of a client whose attempts all failed."""
+    result = _result(assignment, plan, "failed", epsilon_spent, time.perf_counter())
+    return result.model_copy(update={"reason": reason})
+
+
+def _result(
+    assignment: ClientAssignment, plan: DomainPlan, status: ClientStatus, spent: float | None, started: float
+) -> ClientUpdate:
+    return ClientUpdate(
+        run_id=assignment.run_id,
+        round_index=assignment.round_index,
+        domain=assignment.domain,
+        status=status,
+        n_units=plan.n_units,
+        sample_rate=assignment.sample_rate,
+        steps=assignment.steps,
+        noise_multiplier=assignment.noise_multiplier,
+        clip_norm=assignment.clip_norm,
+        epsilon_spent=spent,
+        epsilon_budget=plan.epsilon_budget,
+        delta=plan.delta,
+        bytes_up=0,
+        bytes_down=0,
+        seconds=time.perf_counter() - started,
+    )

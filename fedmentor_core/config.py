@@ -1,0 +1,354 @@
+"""One validated ``StudyConfig``: everything a federated study does, and nothing it does not.
+
+Every section is a frozen pydantic model, so the command line, ``prefect.yaml``, the Prefect UI form and the
+tests share one schema. Importing this module loads neither torch nor datasets.
+
+Paper: FedMentor (arXiv 2509.14275) fixes LoRA, a noise scale per client from its data's sensitivity, and a
+server that lowers noise when utility drops. Ranks, clip norms, thresholds and schedules are our own choices.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+from fedmentor_core.data.sources import DataConfig, Source
+from fedmentor_core.evaluation.scorers_config import BertScoreConfig, ToxicityConfig
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+Sensitivity = Literal["low", "medium", "high"]
+UTILITY_METRICS = ("bertscore_f1", "rouge_l", "label_f1")
+SAFETY_METRICS = ("safe_rate", "toxicity_mean", "toxicity_max", "empty_rate")
+Metric = Literal[
+    "bertscore_f1", "rouge_l", "label_f1", "safe_rate", "toxicity_mean", "toxicity_max", "empty_rate"
+]
+
+
+class Section(BaseModel):
+    """Frozen, and closed to unknown keys: a typo is an error, never a silent default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BackboneConfig(Section):
+    """The frozen language model that every client starts from."""
+
+    name: str = Field(
+        default="embedded",
+        min_length=1,
+        description="'embedded' (the small model shipped with FedMentor), a local folder, or a hub model id.",
+    )
+    revision: str | None = Field(default=None, description="Hub revision (commit) to pin.")
+    sha256: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="Expected digest of the weights; loading anything else is refused.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Weights' dtype in memory."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="'auto' takes a GPU where there is one."
+    )
+    max_length: int = Field(
+        default=192, ge=32, le=8192, description="Context in tokens; a longer post is cut, never the response."
+    )
+
+
+class AdapterConfig(Section):
+    """LoRA. Under privacy the default is FFA-LoRA: A frozen and shared, B trained (arXiv 2403.12313)."""
+
+    rank: int = Field(default=8, ge=1, le=256, description="LoRA rank r.")
+    alpha: float = Field(default=16.0, gt=0, le=1024, description="LoRA scale numerator; scale = alpha / rank.")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        default="all-linear", description="'all-linear' or names of linear modules, such as [q_proj, v_proj]."
+    )
+    train: Literal["b", "both"] = Field(
+        default="b", description="'b': FFA-LoRA, averages exactly; 'both': A and B."
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_target(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("must name at least one module; use 'all-linear' for every linear layer")
+        return value
+
+
+class DomainConfig(Section):
+    """One client: a domain's data and what it was promised.
+
+    Either ``epsilon`` outright, or a ``sensitivity`` from which ``privacy.epsilon_by_sensitivity`` derives it.
+    """
+
+    name: Name = Field(description="Lower-case name, used in paths, tables and the ledger.")
+    source: Source = Field(description="Where the domain's data comes from.")
+    sensitivity: Sensitivity | None = Field(default=None, description="How sensitive the domain's text is.")
+    epsilon: float | None = Field(default=None, gt=0, le=100, description="Lifetime budget; lower is more private.")
+    delta: float | None = Field(
+        default=None, gt=0, lt=0.1, description="Default: min(1e-5, 1 / (10 * training units))."
+    )
+    clip_norm: float | None = Field(
+        default=None, gt=0, le=1e4, description="Overrides privacy.clip_norm for this domain."
+    )
+    min_noise_multiplier: float = Field(
+        default=0.3, ge=0, le=100, description="The site's floor: less noise than this is refused, whoever asks."
+    )
+
+    @model_validator(mode="after")
+    def _one_promise(self) -> Self:
+        if (self.epsilon is None) == (self.sensitivity is None):
+            raise ValueError(
+                f"domain {self.name!r} must give exactly one of 'epsilon' and 'sensitivity' "
+                f"(got epsilon={self.epsilon}, sensitivity={self.sensitivity})"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """Local training of one client in one round."""
+
+    steps_per_round: int = Field(default=12, ge=1, le=100_000, description="Optimiser steps a client takes a round.")
+    batch_size: int = Field(
+        default=64, ge=1, le=65_536, description="Expected units per step (Poisson: the real number varies)."
+    )
+    microbatch_size: int = Field(
+        default=32, ge=1, le=65_536, description="Rows per forward pass; memory only, not the mechanism."
+    )
+    learning_rate: float = Field(default=5e-3, gt=0, le=10, description="Adam's step size.")
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    max_target_tokens: int = Field(default=64, ge=4, le=4096, description="Longest response, in tokens.")
+    rows_per_unit: Literal["one", "all"] = Field(
+        default="one",
+        description="'one': a sampled unit trains on one of its rows, drawn anew each step; "
+        "'all': on all of them, clipped as one.",
+    )
+    deadline_seconds: float | None = Field(
+        default=None, gt=0, description="Stops a client's step loop; its charge stands, nothing is released."
+    )
+
+
+class PrivacyConfig(Section):
+    """Sample-level DP-SGD at the client; unit = a post (or the configured unit column)."""
+
+    mode: Literal["dp", "none"] = Field(
+        default="dp", description="'none' trains without privacy (a baseline) and marks every output so."
+    )
+    clip_norm: float = Field(default=1.0, gt=0, le=1e4, description="L2 clip over all adapter tensors jointly.")
+    epsilon_by_sensitivity: dict[Sensitivity, float] = Field(
+        default={"low": 8.0, "medium": 6.0, "high": 4.0},
+        description="The documented policy from sensitivity to lifetime epsilon.",
+    )
+    reserve_fraction: float = Field(
+        default=0.1, ge=0, lt=1, description="Share of each budget kept back to pay for later noise reductions."
+    )
+    max_noise_multiplier: float = Field(
+        default=20.0, gt=0, le=1e4, description="A plan that needs more noise than this is refused: it would teach nothing."
+    )
+    noise_seed: int | None = Field(
+        default=None, ge=0, description="TESTS ONLY: seeded noise is not private; the run is marked so everywhere."
+    )
+    ledger_url: str | None = Field(
+        default=None,
+        pattern=r"^(file:///|s3://).+",
+        description="Where ledgers live across runs; default: the run's store.",
+    )
+
+    @field_validator("epsilon_by_sensitivity")
+    @classmethod
+    def _all_levels(cls, value: dict[Sensitivity, float]) -> dict[Sensitivity, float]:
+        missing = {"low", "medium", "high"} - set(value)
+        if missing:
+            raise ValueError(f"must name low, medium and high; missing {sorted(missing)}")
+        if not 0 < value["high"] <= value["medium"] <= value["low"] <= 100:
+            raise ValueError("must satisfy 0 < high <= medium <= low <= 100: more sensitive means less epsilon")
+        return value
+
+
+class AdaptationConfig(Section):
+    """The paper's rule, made valid: lower a domain's noise only inside what its filter still admits."""
+
+    rule: Literal["paper", "fixed"] = Field(
+        default="paper", description="'paper': lower noise after low utility; 'fixed': never change it."
+    )
+    metric: Literal["bertscore_f1", "rouge_l", "label_f1"] = Field(
+        default="bertscore_f1", description="The gate-set metric that is watched, per domain."
+    )
+    threshold: float = Field(default=0.5, ge=0, le=2, description="Below this the domain's noise may be lowered.")
+    relative_to: Literal["none", "baseline", "reference"] = Field(
+        default="none", description="'none': an absolute value; else threshold times that run's value."
+    )
+    patience_rounds: int = Field(default=1, ge=1, le=100, description="Rounds below threshold before acting.")
+    gamma: float = Field(default=0.95, gt=0, lt=1, description="Noise multiplier is multiplied by this.")
+
+
+class AggregationConfig(Section):
+    """How the server joins the clients' noised updates."""
+
+    rule: Literal["fedavg"] = Field(
+        default="fedavg", description="Weighted mean of the trained factors; exact when only B is trained."
+    )
+    weights: Literal["uniform", "units"] = Field(
+        default="uniform", description="'units' weighs by the public number of training units."
+    )
+    min_clients: int = Field(default=1, ge=1, le=100_000, description="Fewer usable updates stop the round.")
+    max_update_norm: float = Field(
+        default=1e4, gt=0, description="An update whose L2 distance from the global adapter exceeds this is rejected."
+    )
+
+
+class ThresholdConfig(Section):
+    """One line of the gate: ``metric >= value`` (or ``<=``), absolute or against another run."""
+
+    metric: Metric
+    at_least: float | None = Field(default=None, description="Passes when the metric is >= this.")
+    at_most: float | None = Field(default=None, description="Passes when the metric is <= this.")
+    relative_to: Literal["none", "baseline", "reference"] = Field(
+        default="none",
+        description="'baseline': times the untrained backbone's value; 'reference': times the reference run's.",
+    )
+    offset: float = Field(default=0.0, description="Added to the bound after the multiplication.")
+    scope: str = Field(default="overall", description="'overall', 'each' (every domain) or one domain's name.")
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError(f"threshold on {self.metric!r} must give exactly one of 'at_least' and 'at_most'")
+        return self
+
+
+class EvaluationConfig(Section):
+    """Generation and scoring on the gate set (steers noise and promotion) and the test set (steers nothing)."""
+
+    gate_data: Literal["public", "private"] = Field(
+        description="Whose text the gate and test sets are. 'public': their metrics are free. 'private' would have to be "
+        "noised and charged, which this version refuses. Required: there is no silent third way."
+    )
+    max_gate_examples: int = Field(default=24, ge=1, le=100_000, description="Rows per domain, at most.")
+    max_test_examples: int = Field(default=48, ge=1, le=100_000, description="Rows per domain, at most.")
+    max_new_tokens: int = Field(default=48, ge=1, le=4096)
+    batch_size: int = Field(default=32, ge=1, le=4096)
+    samples_in_report: int = Field(default=3, ge=0, le=50, description="Outputs shown per domain (public gate only).")
+    bertscore: BertScoreConfig = BertScoreConfig()
+    toxicity: ToxicityConfig = ToxicityConfig()
+    thresholds: tuple[ThresholdConfig, ...] = Field(
+        default=(), description="The gate. Every one must pass for the adapter to be promoted."
+    )
+
+
+class StorageConfig(Section):
+    """Artifacts: a local directory or an S3-compatible server. Credentials come from the environment."""
+
+    url: str | None = Field(
+        default=None,
+        pattern=r"^(file:///|s3://).+",
+        description="file:///path or s3://bucket/prefix; default: the folder 'store' in the output folder.",
+    )
+    endpoint_url: str | None = Field(default=None, pattern=r"^https?://.+", description="S3-compatible endpoint.")
+    region: str = Field(default="us-east-1")
+    addressing_style: Literal["path", "virtual", "auto"] = Field(default="path")
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    enabled: bool = Field(default=True)
+    uri: str | None = Field(default=None, description="MLflow tracking URI; default: sqlite in the output folder.")
+    experiment: str = Field(default="fedmentor", min_length=1)
+    registered_model: str = Field(default="fedmentor-adapter", min_length=1)
+    reference_run_id: str | None = Field(
+        default=None, description="MLflow run whose final gate metrics 'reference' thresholds compare with."
+    )
+
+
+class ExecutionConfig(Section):
+    """How the rounds are run on this machine."""
+
+    max_parallel_clients: int = Field(default=1, ge=1, le=1024, description="Clients trained at the same time.")
+    torch_threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads; default: all cores.")
+    client_retries: int = Field(
+        default=1, ge=0, le=20, description="Retries of a failed client; each new attempt is charged anew."
+    )
+
+
+class StudyConfig(Section):
+    """A whole federated study."""
+
+    name: Name = Field(description="The study's name.")
+    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Data order, initial weights. Never DP noise.")
+    rounds: int = Field(default=3, ge=1, le=10_000, description="Federated rounds.")
+    backbone: BackboneConfig = BackboneConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    domains: tuple[DomainConfig, ...] = Field(min_length=1, description="The clients.")
+    training: TrainingConfig = TrainingConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    adaptation: AdaptationConfig = AdaptationConfig()
+    aggregation: AggregationConfig = AggregationConfig()
+    evaluation: EvaluationConfig
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Self:
+        names = [domain.name for domain in self.domains]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"domains: names must differ; repeated: {repeated}")
+        if self.aggregation.min_clients > len(names):
+            raise ValueError(
+                f"aggregation.min_clients is {self.aggregation.min_clients} but there are only {len(names)} domains"
+            )
+        if self.training.max_target_tokens >= self.backbone.max_length:
+            raise ValueError(
+                f"training.max_target_tokens ({self.training.max_target_tokens}) must be below "
+                f"backbone.max_length ({self.backbone.max_length}), or no room is left for the post"
+            )
+        if self.evaluation.max_new_tokens >= self.backbone.max_length:
+            raise ValueError(
+                f"evaluation.max_new_tokens ({self.evaluation.max_new_tokens}) must be below "
+                f"backbone.max_length ({self.backbone.max_length})"
+            )
+        self._check_gate(names)
+        return self
+
+    def _check_gate(self, names: list[str]) -> None:
+        if self.evaluation.gate_data == "private":
+            raise ValueError(
+                "evaluation.gate_data 'private' is refused by this version: metrics of a private gate set would have to "
+                "be noised and charged to a validation budget. Use held-out text that may be published, and say 'public'"
+            )
+        wants_reference = self.adaptation.rule == "paper" and self.adaptation.relative_to == "reference"
+        for threshold in self.evaluation.thresholds:
+            wants_reference |= threshold.relative_to == "reference"
+            if threshold.scope not in ("overall", "each", *names):
+                raise ValueError(
+                    f"evaluation.thresholds: scope {threshold.scope!r} is neither 'overall', 'each' nor one of {names}"
+                )
+        if wants_reference and self.tracking.reference_run_id is None:
+            raise ValueError(
+                "a threshold is relative to 'reference' but tracking.reference_run_id names no MLflow run"
+            )
+
+    def epsilon_of(self, domain: DomainConfig) -> float:
+        """Lifetime epsilon promised to ``domain``: given outright, or derived from its sensitivity."""
+        if domain.epsilon is not None:
+            return domain.epsilon
+        assert domain.sensitivity is not None
+        return self.privacy.epsilon_by_sensitivity[domain.sensitivity]
+
+    def clip_norm_of(self, domain: DomainConfig) -> float:
+        """The clip norm ``domain`` trains with."""
+        return domain.clip_norm if domain.clip_norm is not None else self.privacy.clip_norm
+
+    def domain(self, name: str) -> DomainConfig:
+        """The domain called ``name``."""
+        for domain in self.domains:
+            if domain.name == name:
+                return domain
+        raise KeyError(name)
+
+    @property
+    def is_private(self) -> bool:
+        """False when noise is switched off or seeded."""
+        return self.privacy.mode == "dp" and self.privacy.noise_seed is None

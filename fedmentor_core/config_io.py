@@ -1,0 +1,130 @@
+"""Reading a ``StudyConfig`` from YAML, with ``--set a.b=c`` overrides and errors a person can act on."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fedmentor_core.config import StudyConfig
+from fedmentor_core.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Read, override and validate.
+
+    Args:
+        path: a YAML file.
+        overrides: strings ``dotted.key=value``; the value is read as YAML; list items go by index or, for
+            domains, by name (``domains.dreaddit.epsilon=4``).
+
+    Raises:
+        ConfigError: naming the field, what was got and what is allowed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"config file not found: {path}. Give a YAML file, such as infra/configs/quickstart.yaml."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read as UTF-8 text: {error}.") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {error}.") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config file {path} must hold a mapping of sections, got {type(raw).__name__}.")
+    for override in overrides:
+        apply_override(raw, override)
+    return validate_config(raw, where=str(path))
+
+
+def validate_config(raw: dict[str, Any], where: str = "configuration") -> StudyConfig:
+    """Validate a plain mapping; every problem is listed with its field and the allowed range."""
+    try:
+        return StudyConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{where} is not a valid study:\n" + "\n".join(_explain(error))) from None
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Apply one ``dotted.key=value`` to ``raw`` in place."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set needs dotted.key=value, got {override!r}. Example: --set rounds=2")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: the value is not valid YAML: {error}.") from None
+    if isinstance(value, str):  # YAML reads 1e-3 as text; people mean a number
+        try:
+            value = float(value) if value.strip()[:1] in "+-.0123456789" else value
+        except ValueError:
+            pass
+    *parents, last = key.strip().split(".")
+    node: Any = raw
+    for part in parents:
+        if isinstance(node, dict):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        elif isinstance(node, list):
+            node = _item(node, part, key)
+        else:
+            raise ConfigError(f"--set {key}: {part!r} lies inside a plain value, not a section.")
+    if isinstance(node, dict):
+        node[last] = value
+    elif isinstance(node, list):
+        node[node.index(_item(node, last, key))] = value
+    else:
+        raise ConfigError(f"--set {key}: there is no section to hold {last!r}.")
+
+
+def _item(items: list[Any], part: str, key: str) -> Any:
+    for item in items:
+        if isinstance(item, dict) and item.get("name") == part:
+            return item
+    if part.isdigit() and int(part) < len(items):
+        return items[int(part)]
+    names = [item["name"] for item in items if isinstance(item, dict) and "name" in item]
+    raise ConfigError(f"--set {key}: no item {part!r}; use a name of {names} or an index below {len(items)}.")
+
+
+def _explain(error: ValidationError) -> Iterable[str]:
+    for problem in error.errors():
+        location = [str(part) for part in problem["loc"]]
+        field = ".".join(location) or "(whole file)"
+        if problem["type"] == "extra_forbidden":
+            allowed = _fields_at(location[:-1])
+            close = difflib.get_close_matches(location[-1], allowed, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            yield f"  {field}: unknown key{hint}" + (f" Allowed here: {', '.join(allowed)}." if allowed else "")
+        elif problem["type"] == "missing":
+            yield f"  {field}: is required and missing."
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            got = problem.get("input")
+            shown = f" (got {got!r})" if isinstance(got, str | int | float | bool) or got is None else ""
+            yield f"  {field}: {message}{shown}"
+
+
+def _fields_at(location: Sequence[str]) -> list[str]:
+    model: type[BaseModel] | None = StudyConfig
+    for part in location:
+        if model is None or part not in model.model_fields:
+            return []
+        annotation = model.model_fields[part].annotation
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return sorted(model.model_fields) if model else []
+
+
+def config_sha256(config: StudyConfig) -> str:
+    """Digest of what the study computes: execution, storage and tracking places do not count."""
+    from fedmentor_core.hashing import canonical_sha256
+
+    places = {"storage": True, "tracking": True, "execution": True, "data": {"root"}}
+    return canonical_sha256(config.model_dump(mode="json", exclude=places))

@@ -1,0 +1,79 @@
+"""From generated text to a label, and from labels to F1. Pure functions, no model library."""
+
+import re
+from collections.abc import Sequence
+
+YES_NO = ("yes", "no")
+"""The answer words of the three corpora's instruction form (``Yes, ... Reasoning: ...``)."""
+
+
+def parse_label(text: str, answers: Sequence[str] = YES_NO) -> str | None:
+    """The answer that a text opens with, or None when it opens with none of them.
+
+    The rule is the first word: what the text says later does not count, because an explanation may quote the
+    other answer. Case, white space and punctuation before the answer are ignored; the answer must end at a
+    word border, so that "Nobody" is not "no". Answers may have several words ("not stressed"); the longest
+    that fits wins.
+
+    Args:
+        text: The generated text, or a reference in the same form.
+        answers: The answers that exist, in the form that is returned.
+
+    Returns:
+        The matching element of ``answers``, or None.
+
+    Raises:
+        ValueError: ``answers`` is empty, or holds an answer without a letter or digit.
+    """
+    if not answers or any(not _words(answer) for answer in answers):
+        raise ValueError(
+            f"answers: need at least one, each with a letter or digit, got {len(answers)} answers"
+        )
+    words = _words(text)
+    for answer in sorted(answers, key=lambda a: -len(_words(a))):
+        expected = _words(answer)
+        if words[: len(expected)] == expected:
+            return answer
+    return None
+
+
+def label_accuracy(gold: Sequence[str], predicted: Sequence[str | None]) -> float:
+    """Share of examples with the right label; an unparsable answer (None) is wrong.
+
+    Raises:
+        ValueError: No examples, or lengths differ.
+    """
+    _check(gold, predicted)
+    return sum(g == p for g, p in zip(gold, predicted, strict=True)) / len(gold)
+
+
+def label_f1(gold: Sequence[str], predicted: Sequence[str | None]) -> float:
+    """Macro F1 over the labels that occur; an unparsable answer (None) is wrong.
+
+    None takes recall from its gold label and precision from none, and is no label of its own in the mean.
+    Equals ``sklearn.metrics.f1_score(..., average="macro", zero_division=0)`` over the labels that occur in
+    either list.
+
+    Raises:
+        ValueError: No examples, or lengths differ.
+    """
+    _check(gold, predicted)
+    scores = []
+    for label in sorted({*gold, *(p for p in predicted if p is not None)}):
+        hits = sum(g == label == p for g, p in zip(gold, predicted, strict=True))
+        in_gold = sum(g == label for g in gold)
+        in_predicted = sum(p == label for p in predicted)
+        scores.append(2 * hits / (in_gold + in_predicted))
+    return sum(scores) / len(scores)
+
+
+def _words(text: str) -> list[str]:
+    # An apostrophe belongs to its word: "No's" and "don't" are one word each.
+    return re.findall(r"\w+(?:['’]\w+)*", text.casefold())
+
+
+def _check(gold: Sequence[str], predicted: Sequence[str | None]) -> None:
+    if len(gold) != len(predicted):
+        raise ValueError(f"gold and predicted: lengths must be equal, got {len(gold)} and {len(predicted)}")
+    if not gold:
+        raise ValueError("gold: a label score needs at least one example, got 0")

@@ -1,0 +1,332 @@
+"""Typed records: all that crosses a task border, a store or a program boundary.
+
+Small by construction: uris, digests, counts, public numbers. Never a tensor, never a row of private text, and
+never a number computed on private data that nobody charged for (training losses stay at the site).
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    """Frozen and closed; stored as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ArtifactRef(Record):
+    """An immutable object in the artifact store."""
+
+    key: str = Field(description="Key under the store's root.")
+    sha256: str
+    n_bytes: int
+
+
+class PrivacySpend(Record):
+    """A run of identical DP-SGD steps: what one charge pays for."""
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+
+class ClientAssignment(Record):
+    """What the server asks of one client in one round; the site's own filter and policy may refuse it."""
+
+    run_id: str
+    round_index: int
+    domain: str
+    global_adapter: ArtifactRef
+    noise_multiplier: float | None = Field(description="None: train without privacy (baseline runs only).")
+    sample_rate: float
+    steps: int
+    clip_norm: float
+
+
+ClientStatus = Literal["trained", "rested", "failed", "rejected"]
+
+
+class ClientUpdate(Record):
+    """What leaves a site after a round: the closed list."""
+
+    run_id: str
+    round_index: int
+    domain: str
+    status: ClientStatus
+    reason: str = Field(default="", description="Why it rested or failed; never quotes data.")
+    attempt: int = 0
+    update: ArtifactRef | None = None
+    base_adapter_sha256: str = ""
+    n_units: int
+    sample_rate: float
+    steps: int
+    noise_multiplier: float | None
+    clip_norm: float
+    epsilon_spent: float | None = Field(description="Lifetime, after this round; None without privacy.")
+    epsilon_budget: float | None
+    delta: float | None
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+
+class ScorerIdentities(Record):
+    """Which scorers made the numbers."""
+
+    bertscore: str
+    rouge: str
+    toxicity: str
+    safe_threshold: float
+
+
+class Metrics(Record):
+    """Scores of one set of outputs. All in [0, 1] except a rescaled BERTScore, which may be negative."""
+
+    bertscore_f1: float
+    rouge_l: float
+    label_f1: float
+    safe_rate: float
+    toxicity_mean: float
+    toxicity_max: float | None = Field(description="None where a private gate set forbids releasing a maximum.")
+    empty_rate: float
+    n_examples: int
+
+
+class EvaluationMetrics(Metrics):
+    """The mean over domains (each counts the same; toxicity_max is the maximum), and each domain's own."""
+
+    by_domain: dict[str, Metrics]
+
+
+class Sample(Record):
+    """One output of a public gate set."""
+
+    domain: str
+    post: str
+    question: str
+    reference: str
+    output: str
+    bertscore_f1: float
+    rouge_l: float
+    toxicity: float
+
+
+class DomainEvaluation(Record):
+    """Result of evaluating one adapter on one domain's gate or test set."""
+
+    domain: str
+    split: Literal["gate", "test"]
+    metrics: Metrics
+    samples: tuple[Sample, ...] = ()
+    scorers: ScorerIdentities
+    seconds: float
+
+
+class ThresholdResult(Record):
+    """One line of the gate's verdict."""
+
+    metric: str
+    scope: str
+    value: float | None
+    comparison: Literal[">=", "<="]
+    bound: float | None = Field(description="None when what it is relative to is not available; then it fails.")
+    relative_to: Literal["none", "baseline", "reference"]
+    passed: bool
+
+    def __str__(self) -> str:
+        """One readable line."""
+        shown = "not available" if self.value is None else f"{self.value:.4f}"
+        bound = "not available" if self.bound is None else f"{self.bound:.4f}"
+        against = "" if self.relative_to == "none" else f" (from the {self.relative_to})"
+        verdict = "pass" if self.passed else "FAIL"
+        return f"{verdict}: {self.metric} [{self.scope}] {shown} {self.comparison} {bound}{against}"
+
+
+class GateVerdict(Record):
+    """Every threshold, its value, and whether it passed."""
+
+    passed: bool
+    results: tuple[ThresholdResult, ...]
+    reasons: tuple[str, ...] = Field(description="The failed lines; empty when passed.")
+
+
+class NoiseChange(Record):
+    """One decision of the adaptation rule, with its inputs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    domain: str
+    from_: float = Field(alias="from")
+    to: float
+    reason: str
+
+
+class ClientSummary(Record):
+    """A client's line in ``summary.json``."""
+
+    domain: str
+    status: ClientStatus
+    reason: str = ""
+    n_units: int
+    sample_rate: float
+    steps: int
+    noise_multiplier: float | None
+    clip_norm: float
+    epsilon_spent: float | None
+    epsilon_budget: float | None
+    delta: float | None
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+
+class GateSummary(Record):
+    """The gate in ``summary.json``."""
+
+    passed: bool
+    reasons: tuple[str, ...]
+    results: tuple[ThresholdResult, ...] = ()
+
+
+class RoundSummary(Record):
+    """A round in ``summary.json``; as an object in the store it is the round's commit point."""
+
+    round_index: int
+    clients: tuple[ClientSummary, ...]
+    metrics: EvaluationMetrics
+    gate: GateSummary
+    noise_changes: tuple[NoiseChange, ...]
+    bytes_total: int
+    seconds: float
+
+
+class RoundManifest(Record):
+    """Written last and create-if-absent: a round exists when this does."""
+
+    run_id: str
+    round_index: int
+    config_sha256: str
+    adapter: ArtifactRef
+    summary: RoundSummary
+    samples: tuple[Sample, ...] = ()
+    next_noise: dict[str, float | None]
+    rounds_below: dict[str, int] = Field(description="Consecutive rounds below the adaptation threshold.")
+
+
+class BackboneSummary(Record):
+    """The backbone in ``summary.json``."""
+
+    name: str
+    n_parameters: int
+    revision: str | None = None
+    sha256: str
+
+
+class AdapterSummary(Record):
+    """The adapter in ``summary.json``."""
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    train: Literal["b", "both"]
+    n_trainable: int
+    n_bytes: int
+
+
+class ModelSummary(Record):
+    """The registered model in ``summary.json``."""
+
+    name: str
+    version: str
+    aliases: tuple[str, ...]
+
+
+class DomainPlan(Record):
+    """What one domain was promised and what the schedule will cost it, before any training."""
+
+    domain: str
+    n_units: int
+    sample_rate: float
+    steps_per_round: int
+    rounds: int
+    noise_multiplier: float | None
+    min_noise_multiplier: float
+    clip_norm: float
+    delta: float | None
+    sensitivity: str | None
+    epsilon_budget: float | None
+    epsilon_spent_before: float | None = None
+    epsilon_planned_rdp: float | None
+    epsilon_planned_prv: float | None
+    rdp_order: float | None
+    rdp_budget: float | None
+    reserve_fraction: float
+    dataset_fingerprint: str
+    bytes_up_per_round: int
+    bytes_down_per_round: int
+    refusals: tuple[str, ...] = ()
+
+
+class StudyPlan(Record):
+    """``fedmentor plan --json``."""
+
+    schema_version: int = SCHEMA_VERSION
+    domains: tuple[DomainPlan, ...]
+    bytes_per_round: int
+    refusals: tuple[str, ...]
+
+
+Status = Literal["promoted", "held", "budget_exhausted", "failed"]
+
+
+class StudySummary(Record):
+    """``summary.json``, version 1."""
+
+    schema_version: int = SCHEMA_VERSION
+    run_id: str
+    study: str
+    status: Status
+    private: bool = Field(description="False when privacy was off, noise was seeded, or losses were exposed.")
+    config_sha256: str
+    backbone: BackboneSummary
+    adapter: AdapterSummary
+    scorers: ScorerIdentities
+    baseline: EvaluationMetrics = Field(description="The untrained backbone on the test set.")
+    baseline_gate: EvaluationMetrics = Field(description="The untrained backbone on the gate set.")
+    rounds: tuple[RoundSummary, ...]
+    selected_round: int | None = Field(description="The round whose adapter is final.")
+    final: EvaluationMetrics | None = Field(description="The selected adapter on the test set.")
+    plan: StudyPlan
+    model: ModelSummary | None
+    warnings: tuple[str, ...] = ()
+    store_url: str = ""
+    tracking_uri: str | None = None
+    mlflow_run_id: str | None = None
+    seconds_total: float
+
+
+class LedgerEntry(Record):
+    """One line of a domain's append-only account."""
+
+    sequence: int
+    kind: Literal["plan", "charge", "release", "refusal", "evaluation"]
+    domain: str
+    dataset_fingerprint: str
+    run_id: str
+    round_index: int | None = None
+    attempt: int = 0
+    noise_multiplier: float | None = None
+    sample_rate: float | None = None
+    steps: int = 0
+    rdp_charge: float = Field(default=0.0, description="RDP at the account's fixed order.")
+    rdp_order: float
+    rdp_budget: float
+    epsilon_budget: float
+    delta: float
+    digest: str = Field(default="", description="sha256 of what left the site, for a release.")
+    reason: str = ""
+    created_at: str
+    previous: str = Field(description="sha256 of the previous entry; empty for the first.")

@@ -1,0 +1,312 @@
+"""The server's part of a round: what to ask of each client, what to accept, what the gate's verdict changes.
+
+Everything here is a function of released updates, public numbers and gate-set metrics; nothing touches training data.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedmentor_core.adapters.lora import load_state
+from fedmentor_core.aggregation.base import WeightedUpdate, check_update, normalised
+from fedmentor_core.aggregation.fedavg import fedavg
+from fedmentor_core.config import StudyConfig
+from fedmentor_core.errors import BudgetError, FedMentorError, UpdateRejectedError
+from fedmentor_core.evaluation.evaluate import combine, evaluate_domain
+from fedmentor_core.privacy.adaptation import DomainState, count_below, propose
+from fedmentor_core.privacy.filter import PrivacyAccount
+from fedmentor_core.records import (
+    ArtifactRef,
+    ClientAssignment,
+    ClientSummary,
+    ClientUpdate,
+    DomainEvaluation,
+    DomainPlan,
+    EvaluationMetrics,
+    GateSummary,
+    GateVerdict,
+    NoiseChange,
+    RoundManifest,
+    RoundSummary,
+)
+
+from fedmentor_core.workspace import Workspace
+
+Comparisons = Mapping[str, EvaluationMetrics | None]
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """Where a study stands before a round."""
+
+    round_index: int
+    adapter: ArtifactRef
+    noise: Mapping[str, float | None]
+    rounds_below: Mapping[str, int]
+
+    @classmethod
+    def first(cls, workspace: Workspace) -> "RoundState":
+        """Before round 0: the planned noise."""
+        return cls(
+            round_index=0,
+            adapter=workspace.initial_adapter.trained,
+            noise={plan.domain: plan.noise_multiplier for plan in workspace.plan.domains},
+            rounds_below={plan.domain: 0 for plan in workspace.plan.domains},
+        )
+
+    @classmethod
+    def after(cls, manifest: RoundManifest) -> "RoundState":
+        """After a committed round."""
+        return cls(
+            round_index=manifest.round_index + 1,
+            adapter=manifest.adapter,
+            noise=manifest.next_noise,
+            rounds_below=manifest.rounds_below,
+        )
+
+
+def assignments_for(workspace: Workspace, state: RoundState) -> list[ClientAssignment]:
+    """What the server asks of each client in this round."""
+    return [
+        ClientAssignment(
+            run_id=workspace.ref.run_id,
+            round_index=state.round_index,
+            domain=plan.domain,
+            global_adapter=state.adapter,
+            noise_multiplier=state.noise[plan.domain],
+            sample_rate=plan.sample_rate,
+            steps=plan.steps_per_round,
+            clip_norm=plan.clip_norm,
+        )
+        for plan in workspace.plan.domains
+    ]
+
+
+def aggregate(
+    workspace: Workspace, base: ArtifactRef, updates: Sequence[ClientUpdate]
+) -> tuple[ArtifactRef, list[ClientUpdate]]:
+    """Check each update, join those that pass, store the new global adapter.
+
+    Each update is read twice, once to check it and once to add it, so that the weights are known before the first is
+    added and no more than one is in memory.
+
+    Returns:
+        The new adapter (the old one when every client rested) and the updates with rejected ones marked.
+
+    Raises:
+        FedMentorError: some clients trained, yet fewer usable updates than ``aggregation.min_clients``.
+    """
+    config = workspace.config.aggregation
+    global_state = workspace.get_adapter(base)
+    judged = [_check(workspace, update, base, global_state) for update in updates]
+    usable = [update for update in judged if update.status == "trained"]
+    if all(update.status == "rested" for update in judged):
+        return base, judged
+    if len(usable) < config.min_clients:
+        problems = "; ".join(f"{update.domain}: {update.reason or update.status}" for update in judged)
+        raise FedMentorError(
+            f"round {judged[0].round_index}: {len(usable)} usable updates, aggregation.min_clients is "
+            f"{config.min_clients} ({problems}). Finished updates are kept; run again to retry the others."
+        )
+    weights = dict(
+        normalised({u.domain: float(u.n_units) if config.weights == "units" else 1.0 for u in usable})
+    )
+
+    def stream() -> Iterator[WeightedUpdate]:
+        for update in usable:
+            assert update.update is not None
+            yield WeightedUpdate(update.domain, weights[update.domain], workspace.get_adapter(update.update))
+
+    return workspace.put_adapter(fedavg(global_state, stream())), judged
+
+
+def _check(workspace: Workspace, update: ClientUpdate, base: ArtifactRef, global_state: object) -> ClientUpdate:
+    if update.status != "trained":
+        return update
+    try:
+        if update.update is None or update.run_id != workspace.ref.run_id:
+            raise UpdateRejectedError(f"update of {update.domain!r} rejected: it belongs to another study.")
+        if update.base_adapter_sha256 != base.sha256:
+            raise UpdateRejectedError(f"update of {update.domain!r} rejected: it starts from another round's adapter.")
+        check_update(
+            update.domain,
+            workspace.get_adapter(update.update),
+            global_state,  # type: ignore[arg-type]
+            workspace.config.aggregation.max_update_norm,
+        )
+    except FedMentorError as error:
+        return update.model_copy(update={"status": "rejected", "reason": str(error)})
+    return update
+
+
+def evaluate(
+    workspace: Workspace,
+    adapter: ArtifactRef,
+    domain: str,
+    split: str,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> DomainEvaluation:
+    """Evaluate an adapter on one domain's gate or test set. The result is stored and reused by content."""
+    key = workspace.key(f"evaluations/{adapter.sha256[:24]}/{split}-{domain}.json")
+    if workspace.store.exists(key):
+        return DomainEvaluation.model_validate(workspace.store.get_json(key))
+    data = workspace.evaluation_set(domain, "gate" if split == "gate" else "test")
+    scorers = workspace.scorers
+    with workspace.evaluation_lock:
+        model = workspace.evaluation_model
+        load_state(model, workspace.full_adapter_state(adapter))
+        result = evaluate_domain(
+            model,
+            workspace.backbone.tokenizer,
+            data,
+            scorers,
+            workspace.config.evaluation,
+            device=workspace.backbone.device,
+            keep_samples=split == "gate" and workspace.config.evaluation.gate_data == "public",
+            on_batch=on_batch,
+        )
+    workspace.store.put_json(key, result)
+    return result
+
+
+def adapt(
+    workspace: Workspace,
+    state: RoundState,
+    metrics: EvaluationMetrics,
+    comparisons: Comparisons,
+    spent_rdp: Mapping[str, float],
+) -> tuple[list[NoiseChange], dict[str, float | None], dict[str, int]]:
+    """After the gate: each domain's next noise multiplier, within what its filter still admits.
+
+    Noise falls by the rule in ``privacy/adaptation.py``. It rises only when a charged retry has eaten into what the
+    remaining rounds need.
+    """
+    config = workspace.config
+    changes: list[NoiseChange] = []
+    noise = dict(state.noise)
+    below = dict(state.rounds_below)
+    remaining_rounds = config.rounds - state.round_index - 1
+    for plan in workspace.plan.domains:
+        current = noise[plan.domain]
+        value = getattr(metrics.by_domain[plan.domain], config.adaptation.metric)
+        threshold = _adaptation_threshold(config, plan.domain, comparisons)
+        below[plan.domain] = count_below(below[plan.domain], value, threshold)
+        if current is None or remaining_rounds == 0 or plan.rdp_order is None:
+            continue
+        change = _next_noise(
+            config, plan, current, value, threshold, below[plan.domain], spent_rdp[plan.domain], remaining_rounds
+        )
+        if change is not None:
+            changes.append(change)
+            noise[plan.domain] = change.to
+            below[plan.domain] = 0
+    return changes, noise, below
+
+
+def _next_noise(
+    config: StudyConfig,
+    plan: DomainPlan,
+    current: float,
+    value: float,
+    threshold: float,
+    rounds_below: int,
+    spent: float,
+    remaining_rounds: int,
+) -> NoiseChange | None:
+    assert plan.epsilon_budget is not None and plan.delta is not None
+    assert plan.rdp_order is not None and plan.rdp_budget is not None
+    account = PrivacyAccount(plan.epsilon_budget, plan.delta, plan.rdp_order, plan.rdp_budget)
+    steps = remaining_rounds * plan.steps_per_round
+    if not account.admits(spent, account.charge_of(current, plan.sample_rate, steps)):
+        try:
+            least = account.least_noise(spent, plan.sample_rate, steps)
+        except BudgetError:
+            return None  # the filter will let the domain rest
+        if least > config.privacy.max_noise_multiplier:
+            return None
+        reason = "a charged retry used budget that the remaining rounds need"
+        return NoiseChange.model_validate({"domain": plan.domain, "from": current, "to": least, "reason": reason})
+    return propose(
+        config.adaptation,
+        account,
+        DomainState(
+            domain=plan.domain,
+            noise_multiplier=current,
+            floor=plan.min_noise_multiplier,
+            metric_value=value,
+            threshold=threshold,
+            rounds_below=rounds_below,
+            spent_rdp=spent,
+            sample_rate=plan.sample_rate,
+            remaining_steps=steps,
+        ),
+    )
+
+
+def _adaptation_threshold(config: StudyConfig, domain: str, comparisons: Comparisons) -> float:
+    rule = config.adaptation
+    if rule.relative_to == "none":
+        return rule.threshold
+    other = comparisons.get(rule.relative_to)
+    if other is None or domain not in other.by_domain:
+        return rule.threshold
+    return rule.threshold * float(getattr(other.by_domain[domain], rule.metric))
+
+
+def commit_round(
+    workspace: Workspace,
+    state: RoundState,
+    adapter: ArtifactRef,
+    updates: Sequence[ClientUpdate],
+    evaluations: Sequence[DomainEvaluation],
+    verdict: GateVerdict,
+    comparisons: Comparisons,
+    seconds: float,
+) -> RoundManifest:
+    """Decide the next noise and write the round's manifest, create-if-absent: the commit point."""
+    metrics = combine(evaluations)
+    spent = {
+        plan.domain: workspace.ledger(plan.domain).spent_rdp() if plan.rdp_order is not None else 0.0
+        for plan in workspace.plan.domains
+    }
+    changes, noise, below = adapt(workspace, state, metrics, comparisons, spent)
+    manifest = RoundManifest(
+        run_id=workspace.ref.run_id,
+        round_index=state.round_index,
+        config_sha256=workspace.ref.config_sha256,
+        adapter=adapter,
+        summary=RoundSummary(
+            round_index=state.round_index,
+            clients=tuple(
+                ClientSummary.model_validate(u.model_dump(include=set(ClientSummary.model_fields))) for u in updates
+            ),
+            metrics=metrics,
+            gate=GateSummary(passed=verdict.passed, reasons=verdict.reasons, results=verdict.results),
+            noise_changes=tuple(changes),
+            bytes_total=sum(update.bytes_up + update.bytes_down for update in updates),
+            seconds=seconds,
+        ),
+        samples=tuple(sample for evaluation in evaluations for sample in evaluation.samples),
+        next_noise=noise,
+        rounds_below=below,
+    )
+    workspace.store.put_json(manifest_key(workspace, state.round_index), manifest)
+    return manifest
+
+
+def find_manifest(workspace: Workspace, round_index: int) -> RoundManifest | None:
+    """A committed round, or None: resume means finding the first that is missing."""
+    key = manifest_key(workspace, round_index)
+    if not workspace.store.exists(key):
+        return None
+    return RoundManifest.model_validate(workspace.store.get_json(key))
+
+
+def manifest_key(workspace: Workspace, round_index: int) -> str:
+    """Store key of a round's manifest."""
+    return workspace.key(f"rounds/{round_index:04d}/manifest.json")
+
+
+def now() -> float:
+    """A clock for durations, in seconds."""
+    return time.perf_counter()

@@ -1,0 +1,297 @@
+"""A whole federated study, told once.
+
+``run_study`` is the story; an ``Engine`` says how its steps are carried out. ``InProcess`` carries them out as plain
+function calls; ``flows/federated_training.py`` maps the same steps as Prefect tasks. So orchestration adds durability
+and nothing else, and a test holds both to the same adapters.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from fedmentor_core import rounds
+from fedmentor_core.client_round import failed_client, run_client
+from fedmentor_core.errors import ConfigError, FedMentorError, LedgerError
+from fedmentor_core.evaluation.evaluate import combine
+from fedmentor_core.evaluation.gate import judge
+from fedmentor_core.progress import Listener, ProgressEvent, silent
+from fedmentor_core.records import (
+    ArtifactRef,
+    ClientAssignment,
+    ClientUpdate,
+    DomainEvaluation,
+    EvaluationMetrics,
+    GateVerdict,
+    ModelSummary,
+    RoundManifest,
+    Sample,
+    StudySummary,
+)
+from fedmentor_core.rounds import Comparisons, RoundState
+from fedmentor_core.workspace import StudyRef, Workspace, workspace_of
+
+SetName = Literal["gate", "test"]
+
+
+class Engine(Protocol):
+    """How the steps of a study are carried out."""
+
+    def train(self, assignments: Sequence[ClientAssignment]) -> list[ClientUpdate]:
+        """Every client's part of a round; a client that fails is reported, not raised."""
+        ...
+
+    def aggregate(self, base: ArtifactRef, updates: Sequence[ClientUpdate]) -> tuple[ArtifactRef, list[ClientUpdate]]:
+        """Join the updates into the next global adapter."""
+        ...
+
+    def evaluate(self, adapter: ArtifactRef, split: SetName) -> list[DomainEvaluation]:
+        """Evaluate on every domain."""
+        ...
+
+    def gate(self, metrics: EvaluationMetrics, comparisons: Comparisons) -> GateVerdict:
+        """The verdict on a candidate."""
+        ...
+
+    def reference(self) -> EvaluationMetrics | None:
+        """Gate metrics of the reference run, where one is configured."""
+        ...
+
+    def track_round(self, manifest: RoundManifest) -> None:
+        """Record a committed round (also one that was committed before a resume)."""
+        ...
+
+    def register(self, summary: StudySummary, adapter: ArtifactRef) -> ModelSummary | None:
+        """Put the selected adapter in the model registry."""
+        ...
+
+
+class InProcess:
+    """Plain function calls; no tracking, no registry."""
+
+    def __init__(self, workspace: Workspace, listen: Listener = silent) -> None:
+        """Carry out the steps in this process."""
+        self.workspace = workspace
+        self.listen = listen
+
+    def train(self, assignments: Sequence[ClientAssignment]) -> list[ClientUpdate]:
+        """One client after another, with retries."""
+        return [train_with_retries(self.workspace, assignment, self.listen) for assignment in assignments]
+
+    def aggregate(self, base: ArtifactRef, updates: Sequence[ClientUpdate]) -> tuple[ArtifactRef, list[ClientUpdate]]:
+        """See ``rounds.aggregate``."""
+        return rounds.aggregate(self.workspace, base, updates)
+
+    def evaluate(self, adapter: ArtifactRef, split: SetName) -> list[DomainEvaluation]:
+        """One domain after another."""
+        return [evaluate_one(self.workspace, adapter, d.name, split, self.listen) for d in self.workspace.config.domains]
+
+    def gate(self, metrics: EvaluationMetrics, comparisons: Comparisons) -> GateVerdict:
+        """See ``evaluation.gate.judge``."""
+        return judge(metrics, self.workspace.config.evaluation.thresholds, comparisons)
+
+    def reference(self) -> EvaluationMetrics | None:
+        """A reference run lives in MLflow, which the core does not know."""
+        if self.workspace.config.tracking.reference_run_id is not None:
+            raise ConfigError("tracking.reference_run_id needs MLflow: run the study with 'fedmentor run'.")
+        return None
+
+    def track_round(self, manifest: RoundManifest) -> None:
+        """Nothing to track."""
+
+    def register(self, summary: StudySummary, adapter: ArtifactRef) -> ModelSummary | None:
+        """No registry."""
+        return None
+
+
+def run_study(ref: StudyRef, engine: Engine | None = None, listen: Listener = silent) -> StudySummary:
+    """Run, or resume, a study to its end.
+
+    Args:
+        ref: from ``open_study``.
+        engine: how to carry out the steps; default: plain calls in this process.
+        listen: told of progress.
+
+    Returns:
+        The summary; ``final`` comes from the test set, which no decision looked at.
+
+    Raises:
+        BudgetError: no domain's budget carries the plan.
+        FedMentorError: too few usable updates in a round, and other errors named there.
+    """
+    workspace = workspace_of(ref)
+    engine = engine if engine is not None else InProcess(workspace, listen)
+    config = ref.config
+    started = rounds.now()
+
+    listen(ProgressEvent("prepare", "loading backbone, data and plan", n_rounds=config.rounds))
+    plan = workspace.plan
+    initial = workspace.initial_adapter.trained
+    listen(ProgressEvent("baseline", "evaluating the untrained backbone"))
+    baseline_evaluations = engine.evaluate(initial, "gate")
+    baseline_gate = combine(baseline_evaluations)
+    baseline = combine(engine.evaluate(initial, "test"))
+    comparisons: Comparisons = {"baseline": baseline_gate, "reference": engine.reference()}
+
+    manifests: list[RoundManifest] = []
+    state = RoundState.first(workspace)
+    exhausted = False
+    for round_index in range(config.rounds):
+        manifest = rounds.find_manifest(workspace, round_index)
+        if manifest is None:
+            manifest = _run_round(workspace, engine, state, comparisons, listen)
+        engine.track_round(manifest)
+        manifests.append(manifest)
+        verdict = "passed" if manifest.summary.gate.passed else "did not pass"
+        listen(
+            ProgressEvent(
+                "gate", f"gate {verdict}", round_index=round_index, n_rounds=config.rounds, completed=round_index + 1,
+                total=config.rounds,
+            )
+        )  # fmt: skip
+        state = RoundState.after(manifest)
+        if all(client.status == "rested" for client in manifest.summary.clients):
+            exhausted = True
+            break
+
+    selected = select_round(manifests)
+    chosen = manifests[selected if selected is not None else -1]
+    listen(ProgressEvent("final", "evaluating on the test set"))
+    final = combine(engine.evaluate(chosen.adapter, "test"))
+    summary = StudySummary(
+        run_id=ref.run_id,
+        study=config.name,
+        status="promoted" if selected is not None else "budget_exhausted" if exhausted else "held",
+        private=config.is_private,
+        config_sha256=ref.config_sha256,
+        backbone=workspace.backbone_summary(),
+        adapter=workspace.adapter_summary(),
+        scorers=baseline_evaluations[0].scorers,
+        baseline=baseline,
+        baseline_gate=baseline_gate,
+        rounds=tuple(manifest.summary for manifest in manifests),
+        selected_round=chosen.round_index,
+        final=final,
+        plan=plan,
+        model=None,
+        warnings=warnings_of(ref, plan.refusals),
+        store_url=workspace.store.url,
+        tracking_uri=None,
+        seconds_total=rounds.now() - started,
+    )
+    listen(ProgressEvent("register", "registering the adapter"))
+    model = engine.register(summary, chosen.adapter)
+    listen(ProgressEvent("done", summary.status))
+    return summary.model_copy(update={"model": model, "seconds_total": rounds.now() - started})
+
+
+def _run_round(
+    workspace: Workspace, engine: Engine, state: RoundState, comparisons: Comparisons, listen: Listener
+) -> RoundManifest:
+    started = rounds.now()
+    index, total = state.round_index, workspace.config.rounds
+    listen(ProgressEvent("train", "clients train", round_index=index, n_rounds=total))
+    updates = engine.train(rounds.assignments_for(workspace, state))
+    listen(ProgressEvent("aggregate", "aggregating", round_index=index, n_rounds=total))
+    adapter, judged = engine.aggregate(state.adapter, updates)
+    listen(ProgressEvent("evaluate", "evaluating the candidate", round_index=index, n_rounds=total))
+    evaluations = engine.evaluate(adapter, "gate")
+    verdict = engine.gate(combine(evaluations), comparisons)
+    return rounds.commit_round(
+        workspace, state, adapter, judged, evaluations, verdict, comparisons, rounds.now() - started
+    )
+
+
+def select_round(manifests: Sequence[RoundManifest]) -> int | None:
+    """Position of the passing round with the best utility on the gate set; None when none passed.
+
+    Utility is the mean of BERTScore F1, ROUGE-L and label F1; a tie goes to the later round. Rounds in which every
+    client rested repeat the adapter before them and are no candidates.
+    """
+    passing = [
+        position
+        for position, manifest in enumerate(manifests)
+        if manifest.summary.gate.passed and any(c.status == "trained" for c in manifest.summary.clients)
+    ]
+    if not passing:
+        return None
+
+    def utility(position: int) -> tuple[float, int]:
+        metrics = manifests[position].summary.metrics
+        return metrics.bertscore_f1 + metrics.rouge_l + metrics.label_f1, position
+
+    return max(passing, key=utility)
+
+
+def train_with_retries(workspace: Workspace, assignment: ClientAssignment, listen: Listener) -> ClientUpdate:
+    """One client's round in this process; what still fails after the retries is reported as 'failed'."""
+    reason = ""
+    for _ in range(workspace.config.execution.client_retries + 1):
+        try:
+            return train_one(workspace, assignment, listen)
+        except LedgerError:
+            raise
+        except Exception as error:  # any failure of a client is a fact about the round
+            reason = failure_reason(error)
+    return report_failure(workspace, assignment, reason)
+
+
+def report_failure(workspace: Workspace, assignment: ClientAssignment, reason: str) -> ClientUpdate:
+    """The record of a client that failed for good."""
+    plan = next(plan for plan in workspace.plan.domains if plan.domain == assignment.domain)
+    spent = None
+    if plan.rdp_order is not None:
+        spent = workspace.ledger(assignment.domain).view().epsilon_spent
+    return failed_client(assignment, plan, spent, reason)
+
+
+def failure_reason(error: BaseException) -> str:
+    """What may be told about a failure at a site: our own messages, else only the kind (texts may quote data)."""
+    return str(error) if isinstance(error, FedMentorError) else f"failed with {type(error).__name__}"
+
+
+def train_one(workspace: Workspace, assignment: ClientAssignment, listen: Listener) -> ClientUpdate:
+    """One client's round, with progress."""
+
+    def on_step(done: int, total: int) -> None:
+        listen(
+            ProgressEvent(
+                "train", round_index=assignment.round_index, n_rounds=workspace.config.rounds,
+                domain=assignment.domain, completed=done, total=total,
+            )
+        )  # fmt: skip
+
+    return run_client(workspace, assignment, on_step)
+
+
+def evaluate_one(
+    workspace: Workspace, adapter: ArtifactRef, domain: str, split: SetName, listen: Listener
+) -> DomainEvaluation:
+    """One domain's evaluation, with progress."""
+
+    def on_batch(done: int, total: int) -> None:
+        listen(ProgressEvent("evaluate", domain=domain, completed=done, total=total))
+
+    return rounds.evaluate(workspace, adapter, domain, split, on_batch)
+
+
+def samples_by_round(workspace: Workspace) -> dict[int, tuple[Sample, ...]]:
+    """Public gate-set outputs of each committed round."""
+    found: dict[int, tuple[Sample, ...]] = {}
+    for index in range(workspace.config.rounds):
+        manifest = rounds.find_manifest(workspace, index)
+        if manifest is None:
+            break
+        found[index] = manifest.samples
+    return found
+
+
+def warnings_of(ref: StudyRef, refusals: Sequence[str]) -> tuple[str, ...]:
+    """What every output of this run must say aloud."""
+    privacy = ref.config.privacy
+    said = list(refusals)
+    if privacy.mode == "none":
+        said.append("NOT PRIVATE: privacy.mode is 'none'; nothing was clipped, noised or charged.")
+    if privacy.noise_seed is not None:
+        said.append("NOT PRIVATE: privacy.noise_seed is set; seeded noise can be subtracted.")
+    if ref.config.adapter.train == "both" and privacy.mode == "dp":
+        said.append("adapter.train 'both' averages A and B apart: inexact, and noise multiplies noise.")
+    return tuple(said)

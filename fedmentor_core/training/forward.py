@@ -1,0 +1,42 @@
+"""From token batches to one loss per sequence, computing vocabulary logits only where there is a target."""
+
+from typing import Any
+
+_PLAIN_HEADS = frozenset({"llama", "qwen2", "qwen3", "mistral", "smollm3"})
+
+
+def losses_of(model: Any, input_ids: Any, attention_mask: Any, labels: Any) -> Any:
+    """Mean negative log-likelihood of each sequence's own targets.
+
+    A model's built-in loss averages over all tokens of the batch: one example's gradient would then depend on the
+    lengths of the others, and clipping it would no longer bound its influence.
+
+    Args:
+        model: a peft model, possibly wrapped by Opacus.
+        input_ids: (B, T), right padded.
+        attention_mask: (B, T).
+        labels: (B, T), -100 where nothing is to be learnt.
+
+    Returns:
+        (B,) losses in fp32; 0 for a sequence without targets.
+    """
+    import torch
+    import torch.nn.functional as functional
+
+    base = _base(model)
+    targets = labels[:, 1:]  # (B, T-1)
+    wanted = targets != -100
+    if base.config.model_type in _PLAIN_HEADS:
+        hidden = base.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+        logits = base.get_output_embeddings()(hidden[:, :-1][wanted])  # (n_targets, V)
+    else:
+        logits = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1][wanted]
+    losses = functional.cross_entropy(logits.float(), targets[wanted], reduction="none")
+    row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(targets)[wanted]
+    summed = torch.zeros(len(labels), device=losses.device).index_add(0, row, losses)
+    return summed / wanted.sum(dim=1).clamp(min=1)
+
+
+def _base(model: Any) -> Any:
+    inner = getattr(model, "_module", model)  # Opacus' wrapper
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner

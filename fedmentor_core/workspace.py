@@ -1,0 +1,376 @@
+"""What a study needs at hand on one machine, loaded lazily and once per process.
+
+``StudyRef`` is what crosses task borders; ``Workspace`` is what a process makes of it.
+"""
+
+import json
+import secrets
+import threading
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from fedmentor_core import __version__
+from fedmentor_core.adapters.backbone import Backbone, load_backbone
+from fedmentor_core.adapters.lora import (
+    State,
+    adapter_state,
+    attach,
+    load_state,
+    resolved_targets,
+    state_from_bytes,
+    state_to_bytes,
+)
+from fedmentor_core.config import StudyConfig
+from fedmentor_core.config_io import config_sha256
+from fedmentor_core.errors import BudgetError, OutputExistsError
+from fedmentor_core.hashing import derive_seed
+from fedmentor_core.privacy.ledger import Ledger
+from fedmentor_core.privacy.plan import plan_domain
+from fedmentor_core.records import (
+    AdapterSummary,
+    ArtifactRef,
+    BackboneSummary,
+    ClientUpdate,
+    Record,
+    StudyPlan,
+)
+from fedmentor_core.storage.base import ArtifactStore, open_store
+from fedmentor_core.training.client import TrainingSet
+
+
+class StudyRef(Record):
+    """A study by reference: its configuration, its id and where its outputs go."""
+
+    config: StudyConfig
+    run_id: str
+    out_dir: str
+
+    @property
+    def store_url(self) -> str:
+        """The artifact store's URL."""
+        return self.config.storage.url or (Path(self.out_dir).resolve() / "store").as_uri()
+
+    @property
+    def config_sha256(self) -> str:
+        """Digest of what the study computes."""
+        return config_sha256(self.config)
+
+
+def open_study(config: StudyConfig, out_dir: str | Path) -> StudyRef:
+    """Create the output folder's ``study.json``, or find the same study there to resume.
+
+    Raises:
+        OutputExistsError: the folder already holds another study; nothing in it is touched.
+    """
+    out = Path(out_dir).resolve()
+    marker = out / "study.json"
+    digest = config_sha256(config)
+    if marker.is_file():
+        found = json.loads(marker.read_text(encoding="utf-8"))
+        if found.get("config_sha256") != digest:
+            raise OutputExistsError(
+                f"output folder {out_dir} already holds study {found.get('study')!r} with another configuration "
+                f"(sha256 {str(found.get('config_sha256'))[:12]}, this one has {digest[:12]}). Nothing was changed. "
+                "Give another --out, or the same configuration to resume."
+            )
+        return StudyRef(config=config, run_id=found["run_id"], out_dir=str(out))
+    if (out / "summary.json").exists():
+        raise OutputExistsError(
+            f"output folder {out_dir} holds a summary.json but no study.json: not a folder of ours. Give another --out."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    run_id = f"{config.name}-{secrets.token_hex(4)}"
+    text = json.dumps(
+        {"study": config.name, "run_id": run_id, "config_sha256": digest, "fedmentor": __version__}, indent=2
+    )
+    try:
+        with marker.open("x", encoding="utf-8") as handle:
+            handle.write(text + "\n")
+    except FileExistsError:
+        return open_study(config, out_dir)  # another process was faster; it is the same study or an error
+    return StudyRef(config=config, run_id=run_id, out_dir=str(out))
+
+
+_workspaces: dict[str, "Workspace"] = {}
+_workspaces_lock = threading.Lock()
+
+
+def workspace_of(ref: StudyRef) -> "Workspace":
+    """This process's workspace for a study; the backbone, data and scorers are loaded once."""
+    with _workspaces_lock:
+        key = f"{ref.run_id}@{ref.out_dir}"
+        if key not in _workspaces:
+            _workspaces[key] = Workspace(ref)
+        return _workspaces[key]
+
+
+@dataclass(frozen=True)
+class InitialAdapter:
+    """Round 0's adapter: A from the study's seed and B zero, shipped once so that all clients start alike."""
+
+    frozen: ArtifactRef
+    trained: ArtifactRef
+    n_trainable: int
+    n_bytes: int
+    targets: tuple[str, ...]
+
+
+class Workspace:
+    """Lazily loaded parts of a study in this process. Thread-safe."""
+
+    def __init__(self, ref: StudyRef) -> None:
+        """Nothing is loaded yet."""
+        self.ref = ref
+        self.config = ref.config
+        self._lock = threading.RLock()
+        self.evaluation_lock = threading.Lock()
+        self._training_sets: dict[str, TrainingSet] = {}
+
+    # --- places -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def store(self) -> ArtifactStore:
+        """The study's artifact store."""
+        return self._open(self.ref.store_url)
+
+    @cached_property
+    def ledger_store(self) -> ArtifactStore:
+        """Where the privacy ledgers live."""
+        url = self.config.privacy.ledger_url
+        return self.store if url is None else self._open(url)
+
+    def _open(self, url: str) -> ArtifactStore:
+        storage = self.config.storage
+        return open_store(
+            url, endpoint_url=storage.endpoint_url, region=storage.region, addressing_style=storage.addressing_style
+        )
+
+    def ledger(self, domain: str) -> Ledger:
+        """A domain's privacy account."""
+        return Ledger(self.ledger_store, domain)
+
+    def key(self, path: str) -> str:
+        """Store key of something that belongs to this run."""
+        return f"runs/{self.ref.run_id}/{path}"
+
+    # --- models -------------------------------------------------------------------------------------------------
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen backbone, shared by everything in this process."""
+        backbone = load_backbone(self.config.backbone)
+        if self.config.execution.torch_threads is not None:
+            import torch
+
+            torch.set_num_threads(self.config.execution.torch_threads)
+        return backbone
+
+    def new_adapter_model(self) -> Any:
+        """A fresh peft model on the shared backbone."""
+        return attach(self.backbone, self.config.adapter, derive_seed(self.config.seed, "adapter"))
+
+    @property
+    def initial_adapter(self) -> InitialAdapter:
+        """Create or find round 0's adapter in the store."""
+        with self._lock:
+            return self._initial_adapter
+
+    @cached_property
+    def _initial_adapter(self) -> InitialAdapter:
+        model = self.new_adapter_model()
+        trained = adapter_state(model, trainable_only=True)
+        frozen = {n: t for n, t in adapter_state(model, trainable_only=False).items() if n not in trained}
+        trained_ref = self.put_adapter(trained)
+        return InitialAdapter(
+            frozen=self.put_adapter(frozen),
+            trained=trained_ref,
+            n_trainable=sum(tensor.numel() for tensor in trained.values()),
+            n_bytes=trained_ref.n_bytes,
+            targets=resolved_targets(model),
+        )
+
+    def put_adapter(self, state: State) -> ArtifactRef:
+        """Store trained tensors under their own digest."""
+        from fedmentor_core.hashing import sha256_bytes
+
+        data = state_to_bytes(state)
+        return self.store.put(self.key(f"adapters/{sha256_bytes(data)}.safetensors"), data)
+
+    def get_adapter(self, ref: ArtifactRef) -> State:
+        """Read and verify trained tensors."""
+        return state_from_bytes(self.store.get(ref))
+
+    def model_with(self, adapter: ArtifactRef) -> Any:
+        """A fresh peft model with the frozen factors and this adapter loaded."""
+        model = self.new_adapter_model()
+        load_state(model, self.get_adapter(self.initial_adapter.frozen))
+        load_state(model, self.get_adapter(adapter))
+        return model
+
+    def full_adapter_state(self, adapter: ArtifactRef) -> State:
+        """Frozen and trained tensors together, as peft stores them."""
+        return {**self.get_adapter(self.initial_adapter.frozen), **self.get_adapter(adapter)}
+
+    @cached_property
+    def evaluation_model(self) -> Any:
+        """The model that evaluates candidates; take ``evaluation_lock`` while its adapter is swapped."""
+        return self.new_adapter_model()
+
+    @property
+    def scorers(self) -> Any:
+        """Utility and safety scorers."""
+        with self._lock:
+            return self._scorers
+
+    @cached_property
+    def _scorers(self) -> Any:
+        from fedmentor_core.evaluation.evaluate import Scorers
+
+        return Scorers.load(self.config.evaluation)
+
+    # --- data ---------------------------------------------------------------------------------------------------
+
+    @property
+    def data(self) -> Any:
+        """Every domain's rows in train, gate and test splits."""
+        with self._lock:
+            return self._data
+
+    @cached_property
+    def _data(self) -> Any:
+        from fedmentor_core.data.loading import load_study_data
+
+        return load_study_data(self.config.domains, self.config.data)
+
+    def training_set(self, domain: str) -> TrainingSet:
+        """A domain's tokenised training rows by unit."""
+        from fedmentor_core.data.encode import encode_for_training
+
+        with self._lock:
+            if domain not in self._training_sets:
+                tokenizer = self.backbone.tokenizer
+                encoded = encode_for_training(
+                    tokenizer,
+                    self.data[domain].train,
+                    max_length=self.config.backbone.max_length,
+                    max_target_tokens=self.config.training.max_target_tokens,
+                )
+                self._training_sets[domain] = TrainingSet(
+                    input_ids=encoded.input_ids,
+                    labels=encoded.labels,
+                    rows_of_unit=encoded.rows_by_unit(),
+                    pad_id=tokenizer.pad_token_id,
+                )
+            return self._training_sets[domain]
+
+    def evaluation_set(self, domain: str, split: Literal["gate", "test"]) -> Any:
+        """A domain's capped gate or test rows; which rows depends on the data seed alone."""
+        import random
+
+        from fedmentor_core.data.encode import encode_prompts
+        from fedmentor_core.evaluation.evaluate import EvaluationSet
+
+        evaluation = self.config.evaluation
+        limit = evaluation.max_gate_examples if split == "gate" else evaluation.max_test_examples
+        table = getattr(self.data[domain], split)
+        chosen = sorted(
+            random.Random(derive_seed(self.config.data.split_seed, split, domain)).sample(
+                range(len(table)), min(limit, len(table))
+            )
+        )
+        rows = [table[index] for index in chosen]
+        prompts = encode_prompts(
+            self.backbone.tokenizer,
+            rows,
+            max_length=self.config.backbone.max_length,
+            max_new_tokens=evaluation.max_new_tokens,
+        )
+        return EvaluationSet(domain=domain, split=split, rows=rows, prompts=prompts.input_ids)
+
+    # --- plan and summaries ---------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> StudyPlan:
+        """The plan this run started with: stored once, so that a resumed run keeps it."""
+        with self._lock:
+            return self._plan
+
+    @cached_property
+    def _plan(self) -> StudyPlan:
+        key = self.key("plan.json")
+        if self.store.exists(key):
+            return StudyPlan.model_validate(self.store.get_json(key))
+        plan = self.make_plan()
+        if all(domain.refusals for domain in plan.domains):
+            raise BudgetError("no domain can train:\n" + "\n".join(f"  {refusal}" for refusal in plan.refusals))
+        self.store.put_json(key, plan)
+        return plan
+
+    def make_plan(self) -> StudyPlan:
+        """Plan from public numbers and the ledgers; writes nothing but the initial adapter."""
+        bytes_down = self.initial_adapter.n_bytes
+        bytes_up = self._update_bytes()
+        domains = []
+        for domain in self.config.domains:
+            data = self.data[domain.name]
+            ledger = self.ledger(domain.name)
+            domains.append(
+                plan_domain(
+                    self.config,
+                    domain,
+                    n_units=data.n_units["train"],
+                    dataset_fingerprint=data.fingerprint,
+                    bytes_up=bytes_up,
+                    bytes_down=bytes_down,
+                    account_in_force=ledger.account(),
+                    spent_rdp=ledger.spent_rdp(),
+                )
+            )
+        return StudyPlan(
+            domains=tuple(domains),
+            bytes_per_round=sum(d.bytes_up_per_round + d.bytes_down_per_round for d in domains),
+            refusals=tuple(refusal for domain in domains for refusal in domain.refusals),
+        )
+
+    def _update_bytes(self) -> int:
+        trained = self.get_adapter(self.initial_adapter.trained)
+        return len(state_to_bytes(trained, update_metadata(self.ref.run_id, 0, "0" * 64)))
+
+    def backbone_summary(self) -> BackboneSummary:
+        """The backbone's line in ``summary.json``."""
+        backbone = self.backbone
+        return BackboneSummary(
+            name=backbone.name, n_parameters=backbone.n_parameters, revision=backbone.revision, sha256=backbone.sha256
+        )
+
+    def adapter_summary(self) -> AdapterSummary:
+        """The adapter's line in ``summary.json``."""
+        initial, config = self.initial_adapter, self.config.adapter
+        return AdapterSummary(
+            rank=config.rank,
+            alpha=config.alpha,
+            target_modules=initial.targets,
+            train=config.train,
+            n_trainable=initial.n_trainable,
+            n_bytes=initial.n_bytes,
+        )
+
+
+def update_metadata(run_id: str, round_index: int, base_sha256: str) -> dict[str, str]:
+    """What an update says about itself inside its safetensors header; of constant length within a run."""
+    return {"run_id": run_id, "round_index": f"{round_index:06d}", "base_sha256": base_sha256}
+
+
+def find_update(workspace: Workspace, round_index: int, domain: str) -> ClientUpdate | None:
+    """A client's finished update of a round, when there is one."""
+    key = client_key(workspace, round_index, domain, "update.json")
+    if not workspace.store.exists(key):
+        return None
+    return ClientUpdate.model_validate(workspace.store.get_json(key))
+
+
+def client_key(workspace: Workspace, round_index: int, domain: str, name: str) -> str:
+    """Store key of something of one client in one round."""
+    return workspace.key(f"rounds/{round_index:04d}/clients/{domain}/{name}")
