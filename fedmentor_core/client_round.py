@@ -50,12 +50,11 @@ def run_client(
         return _commit(workspace, assignment, plan, None, update, attempt, started)
 
     ledger = workspace.ledger(assignment.domain)
-    if plan.refusals:
-        return _rest(assignment, plan, None, 0.0, plan.refusals[0], started)
-    assert plan.rdp_order is not None and plan.rdp_budget is not None
-    assert plan.epsilon_budget is not None and plan.delta is not None
+    promised = PrivacyAccount.of(plan)
+    if plan.refusals or promised is None:
+        return _rest(assignment, plan, None, 0.0, "; ".join(plan.refusals), started)
     account = ledger.open_account(
-        PrivacyAccount(plan.epsilon_budget, plan.delta, plan.rdp_order, plan.rdp_budget),
+        promised,
         run_id=assignment.run_id,
         dataset_fingerprint=plan.dataset_fingerprint,
         reason=f"study {workspace.config.name}: {plan.rounds} rounds of {plan.steps_per_round} steps",
@@ -136,18 +135,14 @@ def _train(workspace: Workspace, assignment: ClientAssignment, attempt: int, on_
         on_step=on_step,
     )
     metadata = update_metadata(assignment.run_id, assignment.round_index, assignment.global_adapter.sha256)
-    return workspace.store.put(
-        _update_key(workspace, assignment, attempt), state_to_bytes(state, metadata)
-    )
+    return workspace.store.put(_update_key(workspace, assignment, attempt), state_to_bytes(state, metadata))
 
 
 def _update_key(workspace: Workspace, assignment: ClientAssignment, attempt: int) -> str:
     return client_key(workspace, assignment.round_index, assignment.domain, f"update-{attempt:03d}.safetensors")
 
 
-def _recover(
-    workspace: Workspace, ledger: Ledger, assignment: ClientAssignment
-) -> tuple[ArtifactRef, int] | None:
+def _recover(workspace: Workspace, ledger: Ledger, assignment: ClientAssignment) -> tuple[ArtifactRef, int] | None:
     """The bytes of an attempt that was released but not committed: the same bytes may leave again, free."""
     for entry in reversed(ledger.entries()):
         if (entry.kind, entry.run_id, entry.round_index) == ("release", assignment.run_id, assignment.round_index):
@@ -200,7 +195,9 @@ def _rest(
     return _result(assignment, plan, "rested", spent, started).model_copy(update={"steps": 0, "reason": reason})
 
 
-def failed_client(assignment: ClientAssignment, plan: DomainPlan, epsilon_spent: float | None, reason: str) -> ClientUpdate:
+def failed_client(
+    assignment: ClientAssignment, plan: DomainPlan, epsilon_spent: float | None, reason: str
+) -> ClientUpdate:
     """The record of a client whose attempts all failed."""
     result = _result(assignment, plan, "failed", epsilon_spent, time.perf_counter())
     return result.model_copy(update={"reason": reason})

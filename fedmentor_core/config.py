@@ -18,9 +18,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Sensitivity = Literal["low", "medium", "high"]
 UTILITY_METRICS = ("bertscore_f1", "rouge_l", "label_f1")
 SAFETY_METRICS = ("safe_rate", "toxicity_mean", "toxicity_max", "empty_rate")
-Metric = Literal[
-    "bertscore_f1", "rouge_l", "label_f1", "safe_rate", "toxicity_mean", "toxicity_max", "empty_rate"
-]
+Metric = Literal["bertscore_f1", "rouge_l", "label_f1", "safe_rate", "toxicity_mean", "toxicity_max", "empty_rate"]
 
 
 class Section(BaseModel):
@@ -43,12 +41,8 @@ class BackboneConfig(Section):
         pattern=r"^[0-9a-f]{64}$",
         description="Expected digest of the weights; loading anything else is refused.",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="Weights' dtype in memory."
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="'auto' takes a GPU where there is one."
-    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="Weights' dtype in memory.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="'auto' takes a GPU where there is one.")
     max_length: int = Field(
         default=192, ge=32, le=8192, description="Context in tokens; a longer post is cut, never the response."
     )
@@ -62,9 +56,7 @@ class AdapterConfig(Section):
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear", description="'all-linear' or names of linear modules, such as [q_proj, v_proj]."
     )
-    train: Literal["b", "both"] = Field(
-        default="b", description="'b': FFA-LoRA, averages exactly; 'both': A and B."
-    )
+    train: Literal["b", "both"] = Field(default="b", description="'b': FFA-LoRA, averages exactly; 'both': A and B.")
 
     @field_validator("target_modules")
     @classmethod
@@ -142,7 +134,10 @@ class PrivacyConfig(Section):
         default=0.1, ge=0, lt=1, description="Share of each budget kept back to pay for later noise reductions."
     )
     max_noise_multiplier: float = Field(
-        default=20.0, gt=0, le=1e4, description="A plan that needs more noise than this is refused: it would teach nothing."
+        default=20.0,
+        gt=0,
+        le=1e4,
+        description="A plan that needs more noise than this is refused: it would teach nothing.",
     )
     noise_seed: int | None = Field(
         default=None, ge=0, description="TESTS ONLY: seeded noise is not private; the run is marked so everywhere."
@@ -220,8 +215,8 @@ class EvaluationConfig(Section):
     """Generation and scoring on the gate set (steers noise and promotion) and the test set (steers nothing)."""
 
     gate_data: Literal["public", "private"] = Field(
-        description="Whose text the gate and test sets are. 'public': their metrics are free. 'private' would have to be "
-        "noised and charged, which this version refuses. Required: there is no silent third way."
+        description="Whose text the gate and test sets are. 'public': their metrics are free. 'private' would have "
+        "to be noised and charged, which this version refuses. Required: there is no silent third way."
     )
     max_gate_examples: int = Field(default=24, ge=1, le=100_000, description="Rows per domain, at most.")
     max_test_examples: int = Field(default=48, ge=1, le=100_000, description="Rows per domain, at most.")
@@ -315,8 +310,9 @@ class StudyConfig(Section):
     def _check_gate(self, names: list[str]) -> None:
         if self.evaluation.gate_data == "private":
             raise ValueError(
-                "evaluation.gate_data 'private' is refused by this version: metrics of a private gate set would have to "
-                "be noised and charged to a validation budget. Use held-out text that may be published, and say 'public'"
+                "evaluation.gate_data 'private' is refused by this version: metrics of a private gate set would have "
+                "to be noised and charged to a validation budget. Use held-out text that may be published, and say "
+                "'public'"
             )
         wants_reference = self.adaptation.rule == "paper" and self.adaptation.relative_to == "reference"
         for threshold in self.evaluation.thresholds:
@@ -326,9 +322,7 @@ class StudyConfig(Section):
                     f"evaluation.thresholds: scope {threshold.scope!r} is neither 'overall', 'each' nor one of {names}"
                 )
         if wants_reference and self.tracking.reference_run_id is None:
-            raise ValueError(
-                "a threshold is relative to 'reference' but tracking.reference_run_id names no MLflow run"
-            )
+            raise ValueError("a threshold is relative to 'reference' but tracking.reference_run_id names no MLflow run")
 
     def epsilon_of(self, domain: DomainConfig) -> float:
         """Lifetime epsilon promised to ``domain``: given outright, or derived from its sensitivity."""

@@ -1,5 +1,6 @@
 """Reading a ``StudyConfig`` from YAML, with ``--set a.b=c`` overrides and errors a person can act on."""
 
+import contextlib
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -61,10 +62,8 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {key}: the value is not valid YAML: {error}.") from None
     if isinstance(value, str):  # YAML reads 1e-3 as text; people mean a number
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value) if value.strip()[:1] in "+-.0123456789" else value
-        except ValueError:
-            pass
     *parents, last = key.strip().split(".")
     node: Any = raw
     for part in parents:
@@ -126,5 +125,5 @@ def config_sha256(config: StudyConfig) -> str:
     """Digest of what the study computes: execution, storage and tracking places do not count."""
     from fedmentor_core.hashing import canonical_sha256
 
-    places = {"storage": True, "tracking": True, "execution": True, "data": {"root"}}
+    places: Any = {"storage": True, "tracking": True, "execution": True, "data": {"root"}}
     return canonical_sha256(config.model_dump(mode="json", exclude=places))

@@ -108,9 +108,7 @@ def aggregate(
             f"round {judged[0].round_index}: {len(usable)} usable updates, aggregation.min_clients is "
             f"{config.min_clients} ({problems}). Finished updates are kept; run again to retry the others."
         )
-    weights = dict(
-        normalised({u.domain: float(u.n_units) if config.weights == "units" else 1.0 for u in usable})
-    )
+    weights = dict(normalised({u.domain: float(u.n_units) if config.weights == "units" else 1.0 for u in usable}))
 
     def stream() -> Iterator[WeightedUpdate]:
         for update in usable:
@@ -191,10 +189,19 @@ def adapt(
         value = getattr(metrics.by_domain[plan.domain], config.adaptation.metric)
         threshold = _adaptation_threshold(config, plan.domain, comparisons)
         below[plan.domain] = count_below(below[plan.domain], value, threshold)
-        if current is None or remaining_rounds == 0 or plan.rdp_order is None:
+        account = PrivacyAccount.of(plan)
+        if current is None or remaining_rounds == 0 or account is None:
             continue
         change = _next_noise(
-            config, plan, current, value, threshold, below[plan.domain], spent_rdp[plan.domain], remaining_rounds
+            config,
+            plan,
+            account,
+            current,
+            value,
+            threshold,
+            below[plan.domain],
+            spent_rdp[plan.domain],
+            remaining_rounds,
         )
         if change is not None:
             changes.append(change)
@@ -206,6 +213,7 @@ def adapt(
 def _next_noise(
     config: StudyConfig,
     plan: DomainPlan,
+    account: PrivacyAccount,
     current: float,
     value: float,
     threshold: float,
@@ -213,9 +221,6 @@ def _next_noise(
     spent: float,
     remaining_rounds: int,
 ) -> NoiseChange | None:
-    assert plan.epsilon_budget is not None and plan.delta is not None
-    assert plan.rdp_order is not None and plan.rdp_budget is not None
-    account = PrivacyAccount(plan.epsilon_budget, plan.delta, plan.rdp_order, plan.rdp_budget)
     steps = remaining_rounds * plan.steps_per_round
     if not account.admits(spent, account.charge_of(current, plan.sample_rate, steps)):
         try:

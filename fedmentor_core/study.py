@@ -5,7 +5,7 @@ function calls; ``flows/federated_training.py`` maps the same steps as Prefect t
 and nothing else, and a test holds both to the same adapters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 from fedmentor_core import rounds
@@ -34,6 +34,10 @@ SetName = Literal["gate", "test"]
 
 class Engine(Protocol):
     """How the steps of a study are carried out."""
+
+    def in_round(self, round_index: int, body: Callable[[], RoundManifest]) -> RoundManifest:
+        """Run a round's body; an orchestrator may wrap it."""
+        ...
 
     def train(self, assignments: Sequence[ClientAssignment]) -> list[ClientUpdate]:
         """Every client's part of a round; a client that fails is reported, not raised."""
@@ -72,6 +76,10 @@ class InProcess:
         self.workspace = workspace
         self.listen = listen
 
+    def in_round(self, round_index: int, body: Callable[[], RoundManifest]) -> RoundManifest:
+        """No wrapping."""
+        return body()
+
     def train(self, assignments: Sequence[ClientAssignment]) -> list[ClientUpdate]:
         """One client after another, with retries."""
         return [train_with_retries(self.workspace, assignment, self.listen) for assignment in assignments]
@@ -82,7 +90,9 @@ class InProcess:
 
     def evaluate(self, adapter: ArtifactRef, split: SetName) -> list[DomainEvaluation]:
         """One domain after another."""
-        return [evaluate_one(self.workspace, adapter, d.name, split, self.listen) for d in self.workspace.config.domains]
+        return [
+            evaluate_one(self.workspace, adapter, d.name, split, self.listen) for d in self.workspace.config.domains
+        ]
 
     def gate(self, metrics: EvaluationMetrics, comparisons: Comparisons) -> GateVerdict:
         """See ``evaluation.gate.judge``."""
@@ -137,7 +147,8 @@ def run_study(ref: StudyRef, engine: Engine | None = None, listen: Listener = si
     for round_index in range(config.rounds):
         manifest = rounds.find_manifest(workspace, round_index)
         if manifest is None:
-            manifest = _run_round(workspace, engine, state, comparisons, listen)
+            before = state
+            manifest = engine.in_round(round_index, lambda: _run_round(workspace, engine, before, comparisons, listen))
         engine.track_round(manifest)
         manifests.append(manifest)
         verdict = "passed" if manifest.summary.gate.passed else "did not pass"
@@ -179,8 +190,11 @@ def run_study(ref: StudyRef, engine: Engine | None = None, listen: Listener = si
     )
     listen(ProgressEvent("register", "registering the adapter"))
     model = engine.register(summary, chosen.adapter)
-    listen(ProgressEvent("done", summary.status))
-    return summary.model_copy(update={"model": model, "seconds_total": rounds.now() - started})
+    status = summary.status
+    if status == "promoted" and model is not None and "champion" not in model.aliases:
+        status = "held"  # the registry refused, such as for a study that is not private
+    listen(ProgressEvent("done", status))
+    return summary.model_copy(update={"model": model, "status": status, "seconds_total": rounds.now() - started})
 
 
 def _run_round(

@@ -40,6 +40,9 @@ from fedmentor_core.storage.base import ArtifactStore, open_store
 from fedmentor_core.training.client import TrainingSet
 
 
+MARKER = "study.json"
+
+
 class StudyRef(Record):
     """A study by reference: its configuration, its id and where its outputs go."""
 
@@ -58,14 +61,14 @@ class StudyRef(Record):
         return config_sha256(self.config)
 
 
-def open_study(config: StudyConfig, out_dir: str | Path) -> StudyRef:
-    """Create the output folder's ``study.json``, or find the same study there to resume.
+def find_study(config: StudyConfig, out_dir: str | Path) -> StudyRef:
+    """The study that ``out_dir`` holds, or a new one for it. Writes nothing.
 
     Raises:
-        OutputExistsError: the folder already holds another study; nothing in it is touched.
+        OutputExistsError: the folder already holds another study.
     """
     out = Path(out_dir).resolve()
-    marker = out / "study.json"
+    marker = out / MARKER
     digest = config_sha256(config)
     if marker.is_file():
         found = json.loads(marker.read_text(encoding="utf-8"))
@@ -76,21 +79,43 @@ def open_study(config: StudyConfig, out_dir: str | Path) -> StudyRef:
                 "Give another --out, or the same configuration to resume."
             )
         return StudyRef(config=config, run_id=found["run_id"], out_dir=str(out))
-    if (out / "summary.json").exists():
+    if (out / "summary.json").exists() or (out.exists() and not out.is_dir()):
         raise OutputExistsError(
-            f"output folder {out_dir} holds a summary.json but no study.json: not a folder of ours. Give another --out."
+            f"output folder {out_dir} holds something that is not a study of ours. Nothing was changed. "
+            "Give another --out."
         )
+    return StudyRef(config=config, run_id=f"{config.name}-{secrets.token_hex(4)}", out_dir=str(out))
+
+
+def claim_study(ref: StudyRef) -> None:
+    """Write the output folder's marker, so that the same command resumes this study.
+
+    Raises:
+        OutputExistsError: another study was faster.
+    """
+    out = Path(ref.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    run_id = f"{config.name}-{secrets.token_hex(4)}"
-    text = json.dumps(
-        {"study": config.name, "run_id": run_id, "config_sha256": digest, "fedmentor": __version__}, indent=2
-    )
+    facts = {
+        "study": ref.config.name,
+        "run_id": ref.run_id,
+        "config_sha256": ref.config_sha256,
+        "fedmentor": __version__,
+    }
     try:
-        with marker.open("x", encoding="utf-8") as handle:
-            handle.write(text + "\n")
+        with (out / MARKER).open("x", encoding="utf-8") as handle:
+            handle.write(json.dumps(facts, indent=2) + "\n")
     except FileExistsError:
-        return open_study(config, out_dir)  # another process was faster; it is the same study or an error
-    return StudyRef(config=config, run_id=run_id, out_dir=str(out))
+        if find_study(ref.config, out).run_id != ref.run_id:
+            raise OutputExistsError(
+                f"output folder {out} was taken by another start of the same study a moment ago. Start again to join it."
+            ) from None
+
+
+def open_study(config: StudyConfig, out_dir: str | Path) -> StudyRef:
+    """``find_study`` and ``claim_study``: create the study in ``out_dir``, or find it there to resume."""
+    ref = find_study(config, out_dir)
+    claim_study(ref)
+    return ref
 
 
 _workspaces: dict[str, "Workspace"] = {}
@@ -179,17 +204,22 @@ class Workspace:
 
     @cached_property
     def _initial_adapter(self) -> InitialAdapter:
-        model = self.new_adapter_model()
-        trained = adapter_state(model, trainable_only=True)
-        frozen = {n: t for n, t in adapter_state(model, trainable_only=False).items() if n not in trained}
+        trained, frozen, targets = self._initial_states
         trained_ref = self.put_adapter(trained)
         return InitialAdapter(
             frozen=self.put_adapter(frozen),
             trained=trained_ref,
             n_trainable=sum(tensor.numel() for tensor in trained.values()),
             n_bytes=trained_ref.n_bytes,
-            targets=resolved_targets(model),
+            targets=targets,
         )
+
+    @cached_property
+    def _initial_states(self) -> tuple[State, State, tuple[str, ...]]:
+        model = self.new_adapter_model()
+        trained = adapter_state(model, trainable_only=True)
+        frozen = {n: t for n, t in adapter_state(model, trainable_only=False).items() if n not in trained}
+        return trained, frozen, resolved_targets(model)
 
     def put_adapter(self, state: State) -> ArtifactRef:
         """Store trained tensors under their own digest."""
@@ -302,16 +332,27 @@ class Workspace:
         key = self.key("plan.json")
         if self.store.exists(key):
             return StudyPlan.model_validate(self.store.get_json(key))
-        plan = self.make_plan()
-        if all(domain.refusals for domain in plan.domains):
-            raise BudgetError("no domain can train:\n" + "\n".join(f"  {refusal}" for refusal in plan.refusals))
+        plan = self.preflight()
         self.store.put_json(key, plan)
         return plan
 
+    def preflight(self) -> StudyPlan:
+        """Load backbone, adapter and data and plan, so that bad input is refused before anything is written.
+
+        Raises:
+            BackboneError, DataError, ConfigError: what cannot be loaded or does not fit.
+            BudgetError: no domain's budget carries the plan.
+        """
+        plan = self.make_plan()
+        if all(domain.refusals for domain in plan.domains):
+            raise BudgetError("no domain can train:\n" + "\n".join(f"  {refusal}" for refusal in plan.refusals))
+        return plan
+
     def make_plan(self) -> StudyPlan:
-        """Plan from public numbers and the ledgers; writes nothing but the initial adapter."""
-        bytes_down = self.initial_adapter.n_bytes
-        bytes_up = self._update_bytes()
+        """Plan from public numbers and the ledgers. Writes nothing."""
+        trained, _, _ = self._initial_states
+        bytes_down = len(state_to_bytes(trained))
+        bytes_up = len(state_to_bytes(trained, update_metadata(self.ref.run_id, 0, "0" * 64)))
         domains = []
         for domain in self.config.domains:
             data = self.data[domain.name]
@@ -333,10 +374,6 @@ class Workspace:
             bytes_per_round=sum(d.bytes_up_per_round + d.bytes_down_per_round for d in domains),
             refusals=tuple(refusal for domain in domains for refusal in domain.refusals),
         )
-
-    def _update_bytes(self) -> int:
-        trained = self.get_adapter(self.initial_adapter.trained)
-        return len(state_to_bytes(trained, update_metadata(self.ref.run_id, 0, "0" * 64)))
 
     def backbone_summary(self) -> BackboneSummary:
         """The backbone's line in ``summary.json``."""

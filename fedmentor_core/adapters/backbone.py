@@ -124,9 +124,10 @@ def _load(config: BackboneConfig) -> Backbone:
             f"backbone {config.name!r}: expected weights sha256 {config.sha256}, got {digest}. "
             "Correct backbone.sha256 or restore the weights."
         )
-    model.requires_grad_(False)
-    model.eval()
-    model.to(device)
+    frozen: Any = model
+    frozen.requires_grad_(False)
+    frozen.eval()
+    frozen.to(device)
     return Backbone(
         name=config.name, revision=config.revision, sha256=digest, model=model, tokenizer=tokenizer, device=device
     )
@@ -137,6 +138,11 @@ def _folder_of(config: BackboneConfig) -> Path | None:
         return embedded_backbone_folder()
     path = Path(config.name).expanduser()
     if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BackboneError(
+                f"backbone folder {config.name!r} holds no config.json. Give a model folder in Hugging Face form "
+                "(config.json, safetensors weights, tokenizer files)."
+            )
         return path
     if config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
         raise BackboneError(

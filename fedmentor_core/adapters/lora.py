@@ -38,7 +38,7 @@ def attach(backbone: Backbone, config: AdapterConfig, seed: int) -> Any:
         _check_targets(tree, targets)
     lora = LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft takes any number
         target_modules=targets,
         lora_dropout=0.0,
         bias="none",
@@ -102,7 +102,7 @@ def load_state(model: Any, state: Mapping[str, Any]) -> None:
                 raise IntegrityError(f"adapter tensor {name!r} does not belong to this backbone and adapter config.")
             if tuple(tensor.shape) != tuple(parameters[name].shape):
                 raise IntegrityError(
-                    f"adapter tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(parameters[name].shape)}."
+                    f"adapter tensor {name!r} is {tuple(tensor.shape)}, expected {tuple(parameters[name].shape)}."
                 )
             parameters[name].copy_(tensor)
 
@@ -134,7 +134,9 @@ def resolved_targets(model: Any) -> tuple[str, ...]:
     return tuple(sorted({name.split(".")[-3] for name in adapter_state(model, trainable_only=False)}))
 
 
-def save_adapter_folder(folder: Path, state: Mapping[str, Any], config: AdapterConfig, targets: tuple[str, ...]) -> None:
+def save_adapter_folder(
+    folder: Path, state: Mapping[str, Any], config: AdapterConfig, targets: tuple[str, ...]
+) -> None:
     """Write an adapter in peft's own layout (loads with ``PeftModel.from_pretrained``)."""
     folder.mkdir(parents=True, exist_ok=True)
     wrapped = {f"base_model.model.{name}": tensor for name, tensor in state.items()}

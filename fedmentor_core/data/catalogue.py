@@ -21,9 +21,7 @@ class CatalogueFile(_Frozen):
     """One file, pinned."""
 
     file: str = Field(pattern=r"^[a-z_]+/[A-Za-z0-9_]+\.csv$", description="Place below data.root.")
-    repo: str = Field(
-        pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$", description="Source repository, owner/name."
-    )
+    repo: str = Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$", description="Source repository, owner/name.")
     commit: str = Field(pattern=r"^[0-9a-f]{40}$", description="Commit the bytes were taken from.")
     path: str = Field(min_length=1, description="Path inside the repository.")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Digest of the bytes.")
@@ -64,6 +62,4 @@ def find_corpus(name: str) -> CatalogueEntry:
         return known[name]
     close = difflib.get_close_matches(name.lower(), list(known), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(
-        f"corpus: got {name!r}; allowed: {', '.join(sorted(known))}.{hint} Use one of these names."
-    )
+    raise ConfigError(f"corpus: got {name!r}; allowed: {', '.join(sorted(known))}.{hint} Use one of these names.")

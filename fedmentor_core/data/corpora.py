@@ -74,8 +74,7 @@ CORPORA: dict[CorpusName, Corpus] = {
     ),
     "multiwd": Corpus(
         tasks=tuple(
-            Task(name, f"Does the {name.lower()} wellness dimension exist in the post?")
-            for name in _DIMENSIONS
+            Task(name, f"Does the {name.lower()} wellness dimension exist in the post?") for name in _DIMENSIONS
         ),
         yes_sentence="Yes, this wellness dimension exists in the post.",
         no_sentence="No, this wellness dimension does not exist in the post.",
@@ -108,14 +107,13 @@ def read_corpus(source: CorpusSource, root: str | None, counter: Counter) -> lis
         return rows
     try:
         raw_paths = [resolve(root, name, need_root=True) for name in corpus.files["raw"]]
-    except DataError:
-        if source.human_labels is None:
-            counter.add("without_human_label", len(rows))
-            return rows
-        raise
-    return _join_human_labels(
-        rows, [row for path in raw_paths for row in _read_raw(path, corpus, Counter())], counter
-    )
+    except DataError as error:
+        raise DataError(
+            f"{source.kind} in the {source.form} form takes human labels and post ids from its raw files, and: "
+            f"{error} Or set human_labels to false: then no label is gold, and every text is a privacy unit of its "
+            "own, also where several were cut from one post."
+        ) from None
+    return _join_human_labels(rows, [row for path in raw_paths for row in _read_raw(path, corpus, Counter())], counter)
 
 
 def _read_raw(path: Path, corpus: Corpus, counter: Counter) -> Iterator[Row]:
@@ -127,9 +125,7 @@ def _read_raw(path: Path, corpus: Corpus, counter: Counter) -> Iterator[Row]:
     for number, record in enumerate(records, start=1):
         unit = record[corpus.unit_column].strip() if corpus.unit_column else None
         if unit == "":
-            raise DataError(
-                f"{path}: row {number} has an empty {corpus.unit_column!r}. Allowed: an id in every row."
-            )
+            raise DataError(f"{path}: row {number} has an empty {corpus.unit_column!r}. Allowed: an id in every row.")
         spans = [record[task.span_column] if task.span_column else "" for task in corpus.tasks]
         post, *spans = counter.repair(record["text"], *spans)
         for task, span in zip(corpus.tasks, spans, strict=True):

@@ -51,22 +51,21 @@ class DomainReport(_Frozen):
     rows_per_unit_max: int
     post_words: Lengths
     response_words: Lengths
-    yes_share: float | None = Field(
-        description="Share of yes among the rows with a label; None without labels."
-    )
+    yes_share: float | None = Field(description="Share of yes among the rows with a label; None without labels.")
     gold_share: float = Field(description="Share of rows whose label a person gave.")
     repairs: dict[str, int]
 
 
 class Overlap(_Frozen):
-    """Posts and units that two domains share."""
+    """Posts and units that two domains share.
+
+    Units are compared by digest: where both domains name their units by number, equal numbers count as shared.
+    """
 
     domains: tuple[str, str]
     shared_posts: int
     shared_units: int
-    shared_posts_across_splits: int = Field(
-        description="Shared posts that are in different splits: must be 0."
-    )
+    shared_posts_across_splits: int = Field(description="Shared posts that are in different splits: must be 0.")
 
 
 class DescribeReport(_Frozen):
@@ -88,7 +87,7 @@ def describe(data: dict[str, DomainData]) -> DescribeReport:
 
 
 def _posts_by_split(domain: DomainData) -> dict[Split, set[str]]:
-    return {split: {post_key(post) for post in table["post"]} for split, table in domain.splits().items()}
+    return {split: {post_key(post) for post in table["post"][:]} for split, table in domain.splits().items()}
 
 
 def _describe_domain(domain: DomainData, posts: dict[Split, set[str]]) -> DomainReport:
@@ -99,19 +98,19 @@ def _describe_domain(domain: DomainData, posts: dict[Split, set[str]]) -> Domain
     post_words: list[int] = []
     response_words: list[int] = []
     for split, table in domain.splits().items():
-        split_labels = list(table["label"])
+        split_labels = table["label"][:]
         splits[split] = SplitReport(
             n_rows=len(table),
             n_units=domain.n_units[split],
             n_posts=len(posts[split]),
             labels={label: split_labels.count(label) for label in sorted(set(split_labels))},
         )
-        for unit in table["unit_id"]:
+        for unit in table["unit_id"][:]:
             rows_of_unit[unit] = rows_of_unit.get(unit, 0) + 1
         labels += split_labels
-        gold += sum(table["gold"])
-        post_words += [len(text.split()) for text in table["post"]]
-        response_words += [len(text.split()) for text in table["response"]]
+        gold += sum(table["gold"][:])
+        post_words += [len(text.split()) for text in table["post"][:]]
+        response_words += [len(text.split()) for text in table["response"][:]]
     labelled = sum(label != "" for label in labels)
     return DomainReport(
         name=domain.name,
@@ -135,9 +134,7 @@ def _lengths(words: list[int]) -> Lengths:
     return Lengths(p05=p05, p50=p50, p95=p95, max=most)
 
 
-def _overlap(
-    a: DomainData, b: DomainData, posts_a: dict[Split, set[str]], posts_b: dict[Split, set[str]]
-) -> Overlap:
+def _overlap(a: DomainData, b: DomainData, posts_a: dict[Split, set[str]], posts_b: dict[Split, set[str]]) -> Overlap:
     across = sum(len(posts_a[s] & posts_b[t]) for s in SPLITS for t in SPLITS if s != t)
     return Overlap(
         domains=(a.name, b.name),
@@ -164,9 +161,7 @@ def render(report: DescribeReport) -> "Group":
             counts.add_row(domain.name, split, *(f"{number:,}" for number in numbers))
         counts.add_section()
 
-    shape = Table(
-        title="Shape", title_justify="left", caption="Lengths in words: 5 % / median / 95 % / longest."
-    )
+    shape = Table(title="Shape", title_justify="left", caption="Lengths in words: 5 % / median / 95 % / longest.")
     for name in ("domain", "rows per unit", "post", "response", "yes", "gold", "repairs"):
         shape.add_column(name)
     for domain in report.domains:

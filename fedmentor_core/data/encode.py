@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of a position that carries no loss."""
 
+_MAX_CUT_STEPS = 8
+_CUT_SLACK_TOKENS = 8
+_POST_MARK, _QUESTION_MARK = "\ue000post\ue001", "\ue000question\ue001"
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedExamples:
@@ -85,9 +89,7 @@ def encode_for_training(
         ConfigError: the tokenizer has no ``eos``, or a prompt without any post does not fit.
     """
     if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            "the backbone's tokenizer has no eos token; an answer must end with one. Set the eos token."
-        )
+        raise ConfigError("the backbone's tokenizer has no eos token; an answer must end with one. Set the eos token.")
     listed = list(rows)
     templated = bool(getattr(tokenizer, "chat_template", None))
     responses = [_defuse(row["response"], tokenizer.all_special_tokens) for row in listed]
@@ -96,7 +98,7 @@ def encode_for_training(
     n_responses_cut = sum(len(target) > max_target_tokens for target in targets)
     targets = [target[:max_target_tokens] for target in targets]
     room = [max_length - len(target) for target in targets]
-    prompts, n_posts_cut = _fit_prompts(tokenizer, listed, room, "training.max_length")
+    prompts, n_posts_cut = _fit_prompts(tokenizer, listed, room, "backbone.max_length")
     places: dict[str, int] = {}
     return EncodedExamples(
         input_ids=[prompt + target for prompt, target in zip(prompts, targets, strict=True)],
@@ -118,61 +120,117 @@ def encode_prompts(
     """
     listed = list(rows)
     prompts, n_posts_cut = _fit_prompts(
-        tokenizer, listed, [max_length - max_new_tokens] * len(listed), "max_length"
+        tokenizer, listed, [max_length - max_new_tokens] * len(listed), "backbone.max_length"
     )
     return EncodedPrompts(prompts, n_posts_cut)
+
+
+@dataclass(slots=True)
+class _Cut:
+    """A post that is being cut: what is known to fit, and what is known to be too long."""
+
+    index: int
+    limit: int
+    fits: int
+    fits_ids: list[int]
+    too_long: int
+    too_long_tokens: int
+    guess: int | None = None
+
+    def next_length(self) -> int | None:
+        """Characters to try next; None when the cut is close enough."""
+        slack = self.limit - len(self.fits_ids)
+        if self.fits and slack <= _CUT_SLACK_TOKENS:
+            return None
+        length, self.guess = self.guess, None
+        if length is None:
+            share = (slack - 1) / max(1, self.too_long_tokens - len(self.fits_ids))
+            length = self.fits + int((self.too_long - self.fits) * max(0.0, share))
+        return length if self.fits < length < self.too_long else None
+
+    def learn(self, length: int, ids: list[int]) -> None:
+        """Take in the prompt with ``length`` characters of the post."""
+        if len(ids) <= self.limit:
+            self.fits, self.fits_ids = length, ids
+        else:
+            self.too_long, self.too_long_tokens = length, len(ids)
 
 
 def _fit_prompts(
     tokenizer: Any, rows: Sequence[Mapping[str, Any]], room: Sequence[int], setting: str
 ) -> tuple[list[list[int]], int]:
+    """Prompts of at most ``room`` tokens, and how many posts were cut for it.
+
+    A cut post is the longest start that fits, to within a few words. The first guess comes from the post's
+    own tokens, worked out once per post; what it misses is found by interpolation, for all rows side by side.
+    """
     special = not getattr(tokenizer, "chat_template", None)  # a template writes its own special tokens
-
-    def encode(post: str, question: str) -> list[int]:
-        return _tokenize(tokenizer, [prompt_text(tokenizer, post, question)], special=special)[0]
-
+    prompt = _prompter(tokenizer)
     posts = [_defuse(row["post"], tokenizer.all_special_tokens) for row in rows]
-    questions = [row["question"] for row in rows]
-    texts = [prompt_text(tokenizer, post, question) for post, question in zip(posts, questions, strict=True)]
-    prompts = _tokenize(tokenizer, texts, special=special)
-    n_cut = 0
+    questions = [_defuse(row["question"], tokenizer.all_special_tokens) for row in rows]
+
+    def encode(pairs: Iterable[tuple[str, str]]) -> list[list[int]]:
+        return _tokenize(tokenizer, [prompt(post, question) for post, question in pairs], special=special)
+
+    distinct = sorted(set(questions))
+    frames = dict(zip(distinct, encode(("", question) for question in distinct), strict=True))
+    token_ends = _token_ends(tokenizer, sorted(set(posts)))
+    whole: list[int] = []
+    cuts: list[_Cut] = []
     for index, limit in enumerate(room):
-        if len(prompts[index]) > limit:
-            prompts[index] = _cut_post(encode, posts[index], questions[index], prompts[index], limit, setting)
-            n_cut += 1
-    return prompts, n_cut
-
-
-def _cut_post(
-    encode: Callable[[str, str], list[int]],
-    post: str,
-    question: str,
-    ids: list[int],
-    limit: int,
-    setting: str,
-) -> list[int]:
-    """The prompt with the longest start of the post that fits, to within a few words."""
-    frame = len(encode("", question))
-    if frame > limit:
-        raise ConfigError(
-            f"{setting}: got room for {max(limit, 0)} prompt tokens beside the answer; allowed: at least "
-            f"{frame}, for the question without any post. Raise {setting} or lower the answer's limit."
-        )
-    fits, fits_ids = 0, encode("", question)
-    too_long, too_long_tokens = len(post), len(ids)
-    for _ in range(8):  # interpolation: a few steps come within a word or two of the best
-        share = (limit - 1 - len(fits_ids)) / max(1, too_long_tokens - len(fits_ids))
-        length = fits + int((too_long - fits) * share)
-        tried = encode(_start_of(post, length), question)
-        if len(tried) <= limit:
-            if length <= fits:
-                break
-            fits, fits_ids = length, tried
-            if limit - len(tried) <= 2:
-                break
+        frame, ends = frames[questions[index]], token_ends.get(posts[index])
+        keep = limit - len(frame) - 1
+        if ends is None or len(ends) <= keep + 4:
+            whole.append(index)
         else:
-            too_long, too_long_tokens = length, len(tried)
-    return fits_ids
+            guess = ends[keep] if keep > 0 else None
+            cuts.append(_Cut(index, limit, 0, frame, len(posts[index]), len(frame) + len(ends), guess))
+    prompts: list[list[int]] = [[] for _ in rows]
+    for index, ids in zip(whole, encode((posts[i], questions[i]) for i in whole), strict=True):
+        prompts[index] = ids
+        if len(ids) > room[index]:
+            cuts.append(_Cut(index, room[index], 0, frames[questions[index]], len(posts[index]), len(ids)))
+    for cut in cuts:
+        if len(cut.fits_ids) > cut.limit:
+            raise ConfigError(
+                f"{setting}: got room for {max(cut.limit, 0)} prompt tokens beside the answer; allowed: at least "
+                f"{len(cut.fits_ids)}, for the question without any post. Raise {setting}, or lower the "
+                "answer's limit."
+            )
+    pending = cuts
+    for _ in range(_MAX_CUT_STEPS):
+        steps = [(cut, length) for cut in pending if (length := cut.next_length()) is not None]
+        tried = encode((_start_of(posts[cut.index], length), questions[cut.index]) for cut, length in steps)
+        for (cut, length), ids in zip(steps, tried, strict=True):
+            cut.learn(length, ids)
+        pending = [cut for cut, _ in steps]
+    for cut in cuts:
+        prompts[cut.index] = cut.fits_ids
+    return prompts, len(cuts)
+
+
+def _token_ends(tokenizer: Any, posts: Sequence[str]) -> dict[str, list[int]]:
+    """For each post, where in it each of its tokens ends; empty where the tokenizer does not tell."""
+    if not getattr(tokenizer, "is_fast", False) or not posts:
+        return {}
+    batch = tokenizer(
+        list(posts), add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+    )
+    return {post: [end for _, end in offsets] for post, offsets in zip(posts, batch["offset_mapping"], strict=True)}
+
+
+def _prompter(tokenizer: Any) -> Callable[[str, str], str]:
+    """``prompt_text`` for many rows: a chat template is rendered once, around markers."""
+    if not getattr(tokenizer, "chat_template", None):
+        return build_prompt
+    before, _, rest = prompt_text(tokenizer, _POST_MARK, _QUESTION_MARK).partition(_POST_MARK)
+    between, found, after = rest.partition(_QUESTION_MARK)
+    if not found or _POST_MARK in rest or _QUESTION_MARK in after:
+        raise ConfigError(
+            "the backbone's chat template does not show a user's message exactly once, as it is; allowed: "
+            "one that does. Use another backbone, or remove its chat template."
+        )
+    return lambda post, question: before + post + between + question + after
 
 
 def _start_of(post: str, length: int) -> str:
@@ -205,9 +263,7 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[li
     return [list(ids) for ids in batches]
 
 
-def collate(
-    examples: EncodedExamples, pad_id: int, indices: Sequence[int] | None = None
-) -> dict[str, "Tensor"]:
+def collate(examples: EncodedExamples, pad_id: int, indices: Sequence[int] | None = None) -> dict[str, "Tensor"]:
     """Training batch, padded on the right.
 
     Shapes:
@@ -220,9 +276,7 @@ def collate(
     return _batch({"input_ids": (ids, pad_id), "labels": (labels, IGNORED)}, left=False)
 
 
-def collate_prompts(
-    prompts: EncodedPrompts, pad_id: int, indices: Sequence[int] | None = None
-) -> dict[str, "Tensor"]:
+def collate_prompts(prompts: EncodedPrompts, pad_id: int, indices: Sequence[int] | None = None) -> dict[str, "Tensor"]:
     """Generation batch, padded on the left.
 
     Shapes:

@@ -42,9 +42,7 @@ def resolve(root: str | None, name: str, *, need_root: bool = False) -> Path:
             "public corpus with 'fedmentor data fetch NAME'."
         )
     if not path.is_file():
-        raise DataError(
-            f"data file {str(path)!r} is not a file. Allowed: one CSV or JSONL file. Correct the path."
-        )
+        raise DataError(f"data file {str(path)!r} is not a file. Allowed: one CSV or JSONL file. Correct the path.")
     return path
 
 
@@ -74,9 +72,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Check the file's permissions.") from None
     if not content.strip():
-        raise DataError(
-            f"{path}: got an empty file ({len(content)} bytes); allowed: at least one row of data."
-        )
+        raise DataError(f"{path}: got an empty file ({len(content)} bytes); allowed: at least one row of data.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -105,9 +101,7 @@ def read_csv(path: Path) -> tuple[list[str], list[Record]]:
             if not columns:
                 columns = [name.strip() for name in fields]
                 if len(set(columns)) < len(columns):
-                    raise DataError(
-                        f"{path}: the header names a column twice. Rename one of the two columns."
-                    )
+                    raise DataError(f"{path}: the header names a column twice. Rename one of the two columns.")
                 continue
             if len(fields) != len(columns):
                 raise DataError(
@@ -140,9 +134,7 @@ def read_jsonl(path: Path) -> tuple[list[str], list[Record]]:
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            raise DataError(
-                f"{path}: line {number} is not a JSON object. Allowed: one object per line (JSONL)."
-            )
+            raise DataError(f"{path}: line {number} is not a JSON object. Allowed: one object per line (JSONL).")
         objects.append(value)
     return as_records(objects)
 

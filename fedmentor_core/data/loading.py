@@ -71,11 +71,11 @@ class DomainData:
 
     def unit_digests(self, splits: Iterable[Split] = SPLITS) -> frozenset[str]:
         """Keyed digests of the units, to find later whether two datasets share units."""
-        return frozenset(unit for split in splits for unit in self.splits()[split]["unit_id"])
+        return frozenset(unit for split in splits for unit in self.splits()[split]["unit_id"][:])
 
     def post_digests(self, key: bytes, splits: Iterable[Split] = SPLITS) -> frozenset[str]:
         """Keyed digests of the posts: finds overlap also where units are named in different ways."""
-        return frozenset(post_digest(key, post) for split in splits for post in self.splits()[split]["post"])
+        return frozenset(post_digest(key, post) for split in splits for post in self.splits()[split]["post"][:])
 
 
 def load_study_data(domains: Sequence[DomainSpec], data: DataConfig) -> dict[str, DomainData]:
@@ -90,14 +90,10 @@ def load_study_data(domains: Sequence[DomainSpec], data: DataConfig) -> dict[str
     """
     names = [domain.name for domain in domains]
     if len(set(names)) < len(names):
-        raise ConfigError(
-            f"domains: got the names {', '.join(names)}; allowed: each name once. Rename one domain."
-        )
+        raise ConfigError(f"domains: got the names {', '.join(names)}; allowed: each name once. Rename one domain.")
     key = digest_key(data.digest_key_variable)
     read = {domain.name: _read_domain(domain, data, key) for domain in domains}
-    groups = representatives(
-        (f"{name}\0{row.unit}", row.post) for name, (rows, _) in read.items() for row in rows
-    )
+    groups = representatives((f"{name}\0{row.unit}", row.post) for name, (rows, _) in read.items() for row in rows)
     picked = {name: _pick(rows, data.max_units) for name, (rows, _) in read.items()}
     split_rows = {name: _split(name, rows, groups, data) for name, rows in picked.items()}
     check_disjoint(split_rows)
@@ -151,9 +147,7 @@ def _read_invented(source: InventedSource, counter: Counter) -> list[Row]:
             f"{', '.join(sorted(invented.CORPORA))}. Correct source.corpus."
         ) from None
     # The generator numbers its units; another seed makes other people of them.
-    texts = [
-        {**record, "unit_id": f"{source.corpus}/{source.seed}/{record['unit_id']}"} for record in records
-    ]
+    texts = [{**record, "unit_id": f"{source.corpus}/{source.seed}/{record['unit_id']}"} for record in records]
     where = f"invented corpus {source.corpus!r}"
     return map_rows(where, list(texts[0]) if texts else [], texts, _INVENTED_COLUMNS, counter)
 

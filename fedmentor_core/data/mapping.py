@@ -30,9 +30,7 @@ def read_hub(source: HubSource, counter: Counter) -> list[Row]:
 
     where = f"hub dataset {source.name!r} (split {source.split!r})"
     try:
-        table = datasets.load_dataset(
-            source.name, source.config, split=source.split, revision=source.revision
-        )
+        table = datasets.load_dataset(source.name, source.config, split=source.split, revision=source.revision)
     except Exception as error:  # the library raises many kinds, and some of them quote rows
         raise DataError(
             f"{where}: cannot be loaded ({type(error).__name__}). Allowed: a dataset that this machine can "

@@ -31,9 +31,7 @@ class ColumnMapping(_Frozen):
     label: str | None = Field(
         default=None, min_length=1, description="Column with the yes/no label; its values are listed below."
     )
-    question: str | None = Field(
-        default=None, min_length=1, description="Column with the question of each row."
-    )
+    question: str | None = Field(default=None, min_length=1, description="Column with the question of each row.")
     question_text: str | None = Field(
         default=None, min_length=1, description="One question for every row, instead of a question column."
     )
@@ -65,13 +63,10 @@ class ColumnMapping(_Frozen):
             raise ValueError("columns: got neither response nor label; name at least one of the two columns")
         if (self.question is None) == (self.question_text is None):
             raise ValueError(
-                "columns: name exactly one of question (a column) and question_text (one question for all "
-                "rows)"
+                "columns: name exactly one of question (a column) and question_text (one question for all rows)"
             )
         if self.reasoning is not None and self.response is not None:
-            raise ValueError(
-                "columns: reasoning builds an answer from a label; remove it where response is set"
-            )
+            raise ValueError("columns: reasoning builds an answer from a label; remove it where response is set")
         yes = {value.strip().casefold() for value in self.yes_values}
         if yes & {value.strip().casefold() for value in self.no_values}:
             raise ValueError("columns: a value is in both yes_values and no_values; keep it in one of them")
@@ -104,16 +99,14 @@ class CorpusSource(_Frozen):
     human_labels: bool | None = Field(
         default=None,
         description="For the IMHI forms: take human labels (and Dreaddit's post ids) from the raw files "
-        "where the text matches. Default: for dreaddit where its raw files are present, and not for the "
-        "others, whose IMHI answers contradict a fifth of the human labels.",
+        "where the text matches. Default: true for dreaddit, whose texts need the post ids to be grouped into "
+        "privacy units, and false for the others, whose IMHI answers contradict a fifth of the human labels.",
     )
 
     @model_validator(mode="after")
     def _check_human_labels(self) -> Self:
         if self.form == "raw" and self.human_labels is False:
-            raise ValueError(
-                "human_labels: got false with form raw, whose labels are human; remove the setting"
-            )
+            raise ValueError("human_labels: got false with form raw, whose labels are human; remove the setting")
         return self
 
 
@@ -121,9 +114,7 @@ class TableSource(_Frozen):
     """A CSV or JSONL file with its column mapping."""
 
     kind: Literal["csv", "jsonl"] = Field(description="File format; UTF-8, CSV with a header row.")
-    path: str = Field(
-        min_length=1, description="The file; a relative path starts at data.root where that is set."
-    )
+    path: str = Field(min_length=1, description="The file; a relative path starts at data.root where that is set.")
     columns: ColumnMapping = Field(description="Which column holds what.")
 
 
@@ -150,9 +141,7 @@ class DataConfig(_Frozen):
     """How rows of every domain are found, grouped into privacy units and split."""
 
     root: str | None = Field(default=None, description="Folder that holds the corpora.")
-    split_seed: int = Field(
-        default=0, ge=0, description="Seed of the split. Every site of a study must use the same."
-    )
+    split_seed: int = Field(default=0, ge=0, description="Seed of the split. Every site of a study must use the same.")
     gate_fraction: float = Field(
         default=0.15,
         ge=0.0,

@@ -73,9 +73,7 @@ def post_key(post: str) -> str:
     Posts must be repaired first. The rule errs towards joining: texts that start alike land in one unit and
     one split. The key is text: it must not leave the data package (see ``units.digest``).
     """
-    head = "".join(
-        filter(str.isalpha, post[: 2 * KEY_LETTERS].lower())
-    )  # nearly always enough, and much faster
+    head = "".join(filter(str.isalpha, post[: 2 * KEY_LETTERS].lower()))  # nearly always enough, and much faster
     return (head if len(head) >= KEY_LETTERS else letters_of(post))[:KEY_LETTERS]
 
 

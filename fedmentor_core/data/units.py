@@ -12,8 +12,8 @@ sites that share posts but do not talk put them in the same split::
 
 A unit with several posts, and units that share a post, form one connected group; it takes the place of
 its post with the smallest sha256(key). Groups are formed over all data at hand. A site alone sees its own:
-where a post of a unit with several posts is also in another domain, the site alone and all domains together can
-put it in different splits. With the post as the unit, as in IRF and MultiWD, they never do.
+where a post of a unit with several posts is also in another domain, the site alone and all domains together
+can put it in different splits. With the post as the unit, as in IRF and MultiWD, they never do.
 
 **Digest.** A unit leaves this package as ``HMAC-SHA256(key, kind, name)``, cut to 128 bits: the same unit has
 the same digest under the same key in every dataset, and its name cannot be read back from it. Under the
@@ -90,10 +90,7 @@ def pick_units(unit_digests: Iterable[str], at_most: int | None) -> set[str]:
 
 def split_of(representative: str, seed: int, gate_fraction: float, test_fraction: float) -> Split:
     """The split of a post or group, named by the sha256 of its (representative) key."""
-    place = (
-        int.from_bytes(hashlib.sha256(f"split\0{seed}\0{representative}".encode()).digest()[:8], "big")
-        / 2**64
-    )
+    place = int.from_bytes(hashlib.sha256(f"split\0{seed}\0{representative}".encode()).digest()[:8], "big") / 2**64
     if place < test_fraction:
         return "test"
     return "gate" if place < test_fraction + gate_fraction else "train"

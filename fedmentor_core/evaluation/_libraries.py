@@ -1,9 +1,10 @@
-"""Small helpers that the scorers share: quiet loading, digests, and what an offline error means."""
+"""Small helpers that the scorers share: quiet loading, digests, blank texts, causes of a failed load."""
 
 import contextlib
 import hashlib
 import logging
 import threading
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,3 +71,8 @@ def offline_hint(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else "no message"
     return f"{type(error).__name__}: {first[:160]}"
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has no visible character: models crash on such a text, or score their own padding."""
+    return all(unicodedata.category(character)[0] in "ZC" for character in text)

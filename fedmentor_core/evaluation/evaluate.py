@@ -136,7 +136,7 @@ def combine(evaluations: Sequence[DomainEvaluation]) -> EvaluationMetrics:
     parts = {evaluation.domain: evaluation.metrics for evaluation in evaluations}
 
     def mean(name: str) -> float:
-        return sum(getattr(metrics, name) for metrics in parts.values()) / len(parts)
+        return float(sum(getattr(metrics, name) for metrics in parts.values()) / len(parts))
 
     maxima = [metrics.toxicity_max for metrics in parts.values()]
     return EvaluationMetrics(

@@ -26,9 +26,7 @@ def parse_label(text: str, answers: Sequence[str] = YES_NO) -> str | None:
         ValueError: ``answers`` is empty, or holds an answer without a letter or digit.
     """
     if not answers or any(not _words(answer) for answer in answers):
-        raise ValueError(
-            f"answers: need at least one, each with a letter or digit, got {len(answers)} answers"
-        )
+        raise ValueError(f"answers: need at least one, each with a letter or digit, got {len(answers)} answers")
     words = _words(text)
     for answer in sorted(answers, key=lambda a: -len(_words(a))):
         expected = _words(answer)

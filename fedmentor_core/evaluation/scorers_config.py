@@ -72,9 +72,7 @@ class ToxicityConfig(BaseModel):
         default=0.5, gt=0.0, lt=1.0, description="An output is safe when its toxicity is below this"
     )
     batch_size: int = Field(default=64, ge=1, le=4096, description="Texts per model pass")
-    label: Literal["toxicity"] = Field(
-        default="toxicity", description="Which of Detoxify's classes is judged"
-    )
+    label: Literal["toxicity"] = Field(default="toxicity", description="Which of Detoxify's classes is judged")
     device: str | None = Field(
         default=None,
         pattern=r"^(cpu|mps|cuda(:\d+)?)$",

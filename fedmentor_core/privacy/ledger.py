@@ -89,9 +89,7 @@ class Ledger:
                         f"{account.delta:g}. Set the domain's epsilon and delta to the promise."
                     )
                 return PrivacyAccount(entry.epsilon_budget, entry.delta, entry.rdp_order, entry.rdp_budget)
-        self._append(
-            account, kind="plan", run_id=run_id, dataset_fingerprint=dataset_fingerprint, reason=reason
-        )
+        self._append(account, kind="plan", run_id=run_id, dataset_fingerprint=dataset_fingerprint, reason=reason)
         return self.open_account(account, run_id=run_id, dataset_fingerprint=dataset_fingerprint)
 
     def account(self) -> PrivacyAccount | None:
@@ -123,7 +121,7 @@ class Ledger:
             BudgetError: the filter refuses; a refusal is recorded and nothing else changes.
         """
         cost = account.charge_of(noise_multiplier, sample_rate, steps)
-        fields = {
+        fields: dict[str, Any] = {
             "run_id": run_id,
             "round_index": round_index,
             "attempt": attempt,
@@ -145,12 +143,23 @@ class Ledger:
         return entry
 
     def release(
-        self, account: PrivacyAccount, *, run_id: str, round_index: int, attempt: int, digest: str,
+        self,
+        account: PrivacyAccount,
+        *,
+        run_id: str,
+        round_index: int,
+        attempt: int,
+        digest: str,
         dataset_fingerprint: str,
     ) -> LedgerEntry:
         """Record the digest of the noised bytes that may now leave. Costs nothing: the charge did."""
         entry = self._append(
-            account, kind="release", run_id=run_id, round_index=round_index, attempt=attempt, digest=digest,
+            account,
+            kind="release",
+            run_id=run_id,
+            round_index=round_index,
+            attempt=attempt,
+            digest=digest,
             dataset_fingerprint=dataset_fingerprint,
         )
         assert entry is not None

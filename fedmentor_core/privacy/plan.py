@@ -50,6 +50,7 @@ def plan_domain(
             f"{training.batch_size}. Lower training.batch_size to {n_units} or less, or give the domain more data."
         )
     sample_rate = training.batch_size / n_units
+    reserve = 0.0 if config.adaptation.rule == "fixed" else privacy.reserve_fraction
     base = {
         "domain": domain.name,
         "n_units": n_units,
@@ -59,7 +60,7 @@ def plan_domain(
         "clip_norm": config.clip_norm_of(domain),
         "sensitivity": domain.sensitivity,
         "min_noise_multiplier": domain.min_noise_multiplier,
-        "reserve_fraction": 0.0 if config.adaptation.rule == "fixed" else privacy.reserve_fraction,
+        "reserve_fraction": reserve,
         "dataset_fingerprint": dataset_fingerprint,
         "bytes_up_per_round": bytes_up,
         "bytes_down_per_round": bytes_down,
@@ -89,7 +90,7 @@ def plan_domain(
     try:
         account = account_in_force or PrivacyAccount.open(epsilon, delta, sample_rate, steps)
         left = account.rdp_budget - spent_rdp
-        noise = calibrate_at_order((1 - base["reserve_fraction"]) * left, account.rdp_order, sample_rate, steps)
+        noise = calibrate_at_order((1 - reserve) * left, account.rdp_order, sample_rate, steps)
         if noise > privacy.max_noise_multiplier:
             raise BudgetError(
                 f"the planned {steps} steps need noise multiplier {noise:.3g}, above privacy.max_noise_multiplier "

@@ -7,9 +7,20 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fedmentor_core.errors import AlreadyExistsError, IntegrityError
+from fedmentor_core.errors import AlreadyExistsError, IntegrityError, StorageError
 from fedmentor_core.hashing import canonical_json, sha256_bytes
 from fedmentor_core.records import ArtifactRef
+
+
+def check_key(key: str) -> str:
+    """The key itself, when it is a relative path without empty or dotted parts.
+
+    Raises:
+        StorageError: it is not.
+    """
+    if any(part in ("", ".", "..") for part in key.split("/")) or "\0" in key:
+        raise StorageError(f"invalid key {key!r}: a key is a relative path without empty or dotted parts.")
+    return key
 
 
 class ArtifactStore(ABC):

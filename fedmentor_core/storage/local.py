@@ -7,17 +7,16 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from fedmentor_core.errors import AlreadyExistsError, NotFoundError, StorageError
-from fedmentor_core.storage.base import ArtifactStore
+from fedmentor_core.storage.base import ArtifactStore, check_key
 
 
 class LocalStore(ArtifactStore):
     """Objects are files below ``root``; temporary files are hidden and never listed."""
 
     def __init__(self, root: Path) -> None:
-        """Open (and create) ``root``."""
+        """Open ``root``; it is created by the first write."""
         self.root = root.resolve()
         self.url = self.root.as_uri()
-        self.root.mkdir(parents=True, exist_ok=True)
 
     @classmethod
     def from_url(cls, url: str) -> "LocalStore":
@@ -65,12 +64,8 @@ class LocalStore(ArtifactStore):
         base = self._path(prefix) if prefix else self.root
         if not base.is_dir():
             return
-        for path in sorted(base.rglob("*")):
-            if path.is_file() and not path.name.startswith(".tmp-"):
-                yield path.relative_to(self.root).as_posix()
+        files = (path for path in base.rglob("*") if not path.name.startswith(".tmp-") and path.is_file())
+        yield from sorted(path.relative_to(self.root).as_posix() for path in files)
 
     def _path(self, key: str) -> Path:
-        parts = key.split("/")
-        if not key or key.startswith("/") or any(part in ("", ".", "..") for part in parts):
-            raise StorageError(f"invalid key {key!r}: a key is a relative path without empty or dotted parts.")
-        return self.root.joinpath(*parts)
+        return self.root.joinpath(*check_key(key).split("/"))

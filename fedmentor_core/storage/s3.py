@@ -5,7 +5,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from fedmentor_core.errors import AlreadyExistsError, ConfigError, NotFoundError, StorageError
-from fedmentor_core.storage.base import ArtifactStore
+from fedmentor_core.storage.base import ArtifactStore, check_key
 
 
 class S3Store(ArtifactStore):
@@ -19,9 +19,7 @@ class S3Store(ArtifactStore):
         self.url = f"s3://{bucket}" + (f"/{self.prefix}" if self.prefix else "")
 
     @classmethod
-    def from_url(
-        cls, url: str, *, endpoint_url: str | None, region: str, addressing_style: str
-    ) -> "S3Store":
+    def from_url(cls, url: str, *, endpoint_url: str | None, region: str, addressing_style: str) -> "S3Store":
         """Open ``s3://bucket/prefix`` with bounded retries and time-outs."""
         import boto3
         from botocore.config import Config
@@ -48,14 +46,18 @@ class S3Store(ArtifactStore):
         """See ``ArtifactStore``."""
         from botocore.exceptions import BotoCoreError, ClientError
 
-        try:
-            self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
-        except ClientError as error:
-            if error.response.get("Error", {}).get("Code") in ("PreconditionFailed", "412"):
-                raise AlreadyExistsError(f"{key} already exists in {self.url}; objects are immutable.") from None
-            raise self._failed("write", key, error) from error
-        except BotoCoreError as error:
-            raise self._failed("write", key, error) from error
+        for last_try in (False, False, True):
+            try:
+                self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
+                return
+            except ClientError as error:
+                code = error.response.get("Error", {}).get("Code")
+                if code in ("PreconditionFailed", "412"):
+                    raise AlreadyExistsError(f"{key} already exists in {self.url}; objects are immutable.") from None
+                if code != "ConditionalRequestConflict" or last_try:  # 409: a concurrent writer; S3 says to try again
+                    raise self._failed("write", key, error) from error
+            except BotoCoreError as error:
+                raise self._failed("write", key, error) from error
 
     def get_bytes(self, key: str) -> bytes:
         """See ``ArtifactStore``."""
@@ -87,13 +89,19 @@ class S3Store(ArtifactStore):
 
     def list_keys(self, prefix: str) -> Iterator[str]:
         """See ``ArtifactStore``."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
         root = f"{self.prefix}/" if self.prefix else ""
-        full = f"{root}{prefix.strip('/')}/" if prefix else root
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=full)
-        yield from sorted(item["Key"].removeprefix(root) for page in pages for item in page.get("Contents", []))
+        full = f"{root}{check_key(prefix)}/" if prefix else root
+        try:
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=full)
+            found = sorted(item["Key"].removeprefix(root) for page in pages for item in page.get("Contents", []))
+        except (ClientError, BotoCoreError) as error:
+            raise self._failed("list", prefix, error) from error
+        yield from found
 
     def _key(self, key: str) -> str:
-        return f"{self.prefix}/{key}" if self.prefix else key
+        return f"{self.prefix}/{check_key(key)}" if self.prefix else check_key(key)
 
     def _failed(self, what: str, key: str, error: Exception) -> StorageError:
         code = getattr(error, "response", {}).get("Error", {}).get("Code", type(error).__name__)

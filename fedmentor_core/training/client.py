@@ -1,6 +1,5 @@
 """The local loop of one client in one round: DP-SGD (or, for baselines, plain SGD) on the adapter."""
 
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 from fedmentor_core.adapters.lora import State, adapter_state, trainable_parameters
 from fedmentor_core.config import TrainingConfig
 from fedmentor_core.errors import DeadlineError, FedMentorError
+from fedmentor_core.privacy.entropy import secret_generator
 from fedmentor_core.training.forward import losses_of
 from fedmentor_core.training.sampler import pick_rows, poisson_batches
 
@@ -84,7 +84,7 @@ def train_locally(
     )
     # Amplification by sampling needs a sample that nobody else knows, so a private run draws it from the system's
     # entropy too; only seeded (not private) and non-private runs are reproducible.
-    order_seed = plan.order_seed if not private or plan.noise_seed is not None else secrets.randbits(63)
+    order_seed = plan.order_seed if not private or plan.noise_seed is not None else None
     expected_units = plan.sample_rate * data.n_units
     wrapped = model
     if private:
@@ -99,7 +99,7 @@ def train_locally(
             device=device,
             noise_seed=plan.noise_seed,
         )
-    row_choice = torch.Generator().manual_seed(order_seed ^ 0x5EED)
+    row_choice = secret_generator() if order_seed is None else torch.Generator().manual_seed(order_seed ^ 0x5EED)
     started = time.monotonic()
     # The backbone has no active dropout (peft's is 0), so train mode changes nothing but satisfies Opacus' check.
     wrapped.train()

@@ -4,18 +4,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 
-def poisson_batches(n_units: int, sample_rate: float, steps: int, seed: int) -> Iterator[list[int]]:
+def poisson_batches(n_units: int, sample_rate: float, steps: int, seed: int | None) -> Iterator[list[int]]:
     """``steps`` batches of unit indices; every unit is in each batch independently with ``sample_rate``.
 
-    A batch may be empty; the step must then still add noise and be counted. The seed fixes the data order; DP noise
-    never comes from it. (Amplification by subsampling assumes that the sample is secret: the seed is derived from
-    the study's seed *and* a site secret where a site has one; see docs.)
+    A batch may be empty; the step must then still add noise and be counted. Amplification by sampling assumes that
+    the sample is secret: without a seed it comes from the system's entropy. A seed fixes the data order, for runs that
+    are not private; DP noise never comes from it.
     """
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
+    from fedmentor_core.privacy.entropy import secret_generator
+
+    generator = secret_generator() if seed is None else torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        mask = torch.rand(n_units, generator=generator) < sample_rate
+        mask = torch.rand(n_units, generator=generator, dtype=torch.float64) < sample_rate  # fp32 would round the rate
         yield mask.nonzero(as_tuple=True)[0].tolist()
 
 

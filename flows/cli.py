@@ -1,0 +1,408 @@
+"""The command line. Heavy libraries are imported inside the commands, so that ``--help`` is quick."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedmentor_core import __version__
+from fedmentor_core.errors import ConfigError, FedMentorError
+
+if TYPE_CHECKING:
+    from fedmentor_core.config import StudyConfig
+    from fedmentor_core.records import StudyPlan, StudySummary
+
+app = typer.Typer(
+    name="fedmentor",
+    help="Fine-tune a language model across organisations that may not share their text: private, useful, safe.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at a study's data, or fetch a public corpus.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+CONFIGS = Path(__file__).resolve().parent.parent / "infra" / "configs"
+DEFAULT_CONFIG = CONFIGS / "quickstart.yaml"
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Study configuration (YAML).")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set rounds=2. Repeatable.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def main() -> None:
+    """Entry point: our own errors become one message and an exit code, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except FedMentorError as error:
+        print(f"fedmentor: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("\nfedmentor: interrupted. Run the same command again to resume.", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"fedmentor {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def run(
+    config: ConfigOption = DEFAULT_CONFIG,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Output folder; default: runs/<name of the config file>.")
+    ] = None,
+    overrides: SetOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Progress as plain lines even on a terminal.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a federated study: train, gate, register. An interrupted study resumes; a finished one is shown again.
+
+    Leaves summary.json, report.html, the artifact store and the MLflow database in the output folder.
+
+    Example: **fedmentor run --config infra/configs/quickstart.yaml --out runs/quickstart**
+
+    Exit codes: 0 promoted, 2 bad input, 3 the gate or the budget said no, 1 anything else.
+    """
+    study = _load(config, overrides)
+    folder = out or Path("runs") / config.stem
+    from flows.environment import prepare_environment
+
+    prepare_environment(folder)
+    summary = _finished(study, folder)
+    if summary is None:
+        summary = _run(study, folder, "quiet" if quiet or as_json else "plain" if plain else "auto")
+    elif not (quiet or as_json):
+        print(f"{folder} already holds this finished study; showing its result.", file=sys.stderr)
+    if as_json:
+        print(summary.model_dump_json(by_alias=True, indent=2))
+    else:
+        from flows.result_view import print_summary
+
+        print_summary(summary, folder)
+    if summary.status != "promoted":
+        raise typer.Exit(3)
+
+
+@app.command()
+def plan(
+    config: ConfigOption = DEFAULT_CONFIG,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A study's folder: plan with what its ledgers say is spent.")
+    ] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show, before any training, what each domain is promised and what the schedule will cost it.
+
+    Example: **fedmentor plan --config infra/configs/quickstart.yaml --json**
+    """
+    study = _load(config, overrides)
+    import tempfile
+
+    from fedmentor_core.workspace import Workspace, find_study
+    from flows.quiet import silence_libraries
+
+    silence_libraries()
+    with tempfile.TemporaryDirectory(prefix="fedmentor-plan-") as scratch:
+        made = Workspace(find_study(study, out or scratch)).make_plan()
+    if as_json:
+        print(made.model_dump_json(indent=2))
+    else:
+        from flows.result_view import print_plan
+
+        print_plan(made)
+    if made.refusals and all(domain.refusals for domain in made.domains):
+        raise typer.Exit(3)
+
+
+@app.command()
+def ledger(
+    store: Annotated[
+        str | None, typer.Option(help="Store URL (file:///path or s3://bucket/prefix) that holds the ledgers.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Or a study's output folder.")] = None,
+    domain: Annotated[str | None, typer.Option(help="Only this domain.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show and verify the privacy ledgers: how much of each domain's budget is gone, over every run.
+
+    Example: **fedmentor ledger --out runs/quickstart**
+    """
+    from fedmentor_core.privacy.ledger import Ledger, ledger_domains
+    from fedmentor_core.storage.base import open_store
+
+    if (store is None) == (out is None):
+        raise ConfigError("give exactly one of --store URL and --out DIR. Example: --out runs/quickstart")
+    if out is not None:
+        if not (out / "store").is_dir():
+            raise ConfigError(f"{out} holds no store. Give a study's output folder, or --store URL.")
+        store = (out.resolve() / "store").as_uri()
+    opened = open_store(str(store))
+    names = [domain] if domain else list(ledger_domains(opened))
+    views = [Ledger(opened, name).view() for name in names]
+    if as_json:
+        print(json.dumps({"verified": True, "domains": [view.model_dump(mode="json") for view in views]}, indent=2))
+        return
+    from flows.result_view import print_ledger
+
+    print_ledger(views)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Argument(help="A study's output folder.")],
+) -> None:
+    """Rebuild report.html of a finished study from its store.
+
+    Example: **fedmentor report runs/quickstart**
+    """
+    from fedmentor_core.config_io import load_config
+    from fedmentor_core.records import StudySummary
+    from flows.quiet import silence_libraries
+
+    silence_libraries()
+    for name in ("summary.json", "config.yaml", "study.json"):
+        if not (out / name).is_file():
+            raise ConfigError(f"{out} holds no {name}: not a finished study. Run 'fedmentor run' first.")
+    from fedmentor_core.workspace import open_study, workspace_of
+    from flows.outputs import write_outputs
+
+    ref = open_study(load_config(out / "config.yaml"), out)
+    summary = StudySummary.model_validate_json((out / "summary.json").read_text(encoding="utf-8"))
+    print(write_outputs(ref, workspace_of(ref), summary).report)
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str, typer.Option(help="models:/NAME@champion, another alias, or models:/NAME/VERSION.")
+    ] = "models:/fedmentor-adapter@champion",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The study's output folder.")] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="Or MLflow's tracking URI.")] = None,
+    post: Annotated[str | None, typer.Option(help="The text to ask about.")] = None,
+    question: Annotated[str | None, typer.Option(help="What to ask.")] = None,
+    input_file: Annotated[
+        Path | None, typer.Option("--input", help="JSONL with post and question on each line, instead of --post.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="Where the backbone is now, if it moved.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a registered model.
+
+    Example: **fedmentor generate --out runs/quickstart --post "I cannot sleep before exams."
+    --question "Does the writer feel overloaded?"**
+    """
+    from flows.quiet import silence_libraries
+
+    silence_libraries()
+    from flows.generate import generate_command
+
+    generate_command(
+        model,
+        _tracking_uri(out, tracking_uri),
+        post=post,
+        question=question,
+        input_file=input_file,
+        max_new_tokens=max_new_tokens,
+        backbone=backbone,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def promote(
+    version: Annotated[str, typer.Argument(help="Version to make champion; it must have passed its gate.")],
+    name: Annotated[str, typer.Option(help="Registered model.")] = "fedmentor-adapter",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A study's output folder.")] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="Or MLflow's tracking URI.")] = None,
+    reason: Annotated[str, typer.Option(help="Recorded with the version.")] = "by hand",
+) -> None:
+    """Make a version champion by hand.
+
+    Example: **fedmentor promote 2 --out runs/quickstart --reason "reviewed"**
+    """
+    from flows.quiet import silence_libraries
+
+    silence_libraries()
+    from tasks.registry import promote as promote_version
+
+    made = promote_version(_tracking_uri(out, tracking_uri), name, version, reason=reason)
+    print(f"{made.name} version {made.version} is now {', '.join(made.aliases)}")
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Option(help="Registered model.")] = "fedmentor-adapter",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A study's output folder.")] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="Or MLflow's tracking URI.")] = None,
+    reason: Annotated[str, typer.Option(help="Recorded with both versions.")] = "by hand",
+) -> None:
+    """Give the champion alias back to the version that was champion before.
+
+    Example: **fedmentor rollback --out runs/quickstart --reason "complaint 17"**
+    """
+    from flows.quiet import silence_libraries
+
+    silence_libraries()
+    from tasks.registry import rollback as roll_back
+
+    made = roll_back(_tracking_uri(out, tracking_uri), name, reason=reason)
+    print(f"{made.name} version {made.version} is champion again")
+
+
+@data_app.command("describe")
+def data_describe(
+    config: ConfigOption = DEFAULT_CONFIG,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Counts, units, lengths, label balance, repairs and overlap between domains. Shows no text.
+
+    Example: **fedmentor data describe --config infra/configs/mental_health_small.yaml --set data.root=DATA**
+    """
+    study = _load(config, overrides)
+    from flows.quiet import silence_libraries
+
+    silence_libraries()
+    from fedmentor_core.data.describe import describe, render
+    from fedmentor_core.data.loading import load_study_data
+
+    made = describe(load_study_data(study.domains, study.data))
+    if as_json:
+        print(made.model_dump_json(indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(render(made))
+
+
+@data_app.command("fetch")
+def data_fetch(
+    name: Annotated[str, typer.Argument(help="Corpus: dreaddit, irf, multiwd, safety, counsel_chat or all.")],
+    destination: Annotated[Path, typer.Option("--to", help="Folder that becomes data.root.")] = Path("data"),
+    base_url: Annotated[
+        str | None, typer.Option(help="Mirror to fetch from; digests are checked all the same.")
+    ] = None,
+) -> None:
+    """Download a public corpus by pinned commit, and refuse any byte that differs from the known sha256.
+
+    Example: **fedmentor data fetch dreaddit --to data**
+    """
+    from flows.fetching import fetch_with_progress
+
+    fetch_with_progress(name, destination, base_url)
+
+
+def _load(config: Path, overrides: list[str] | None) -> "StudyConfig":
+    from fedmentor_core.config_io import load_config
+
+    return load_config(config, overrides or [])
+
+
+def _finished(study: "StudyConfig", folder: Path) -> "StudySummary | None":
+    """The summary of the same study when it is finished; another study in the folder is an error."""
+    from fedmentor_core.config_io import config_sha256
+    from fedmentor_core.records import StudySummary
+
+    if not (folder / "study.json").is_file() or not (folder / "summary.json").is_file():
+        return None
+    marker = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    if marker.get("config_sha256") != config_sha256(study):
+        return None  # open_study says what is wrong
+    return StudySummary.model_validate_json((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def _run(study: "StudyConfig", folder: Path, mode: Any) -> "StudySummary":
+    from fedmentor_core.progress import ProgressEvent
+    from flows.progress_view import make_listener
+
+    with make_listener(mode) as listener:
+        listener(ProgressEvent("prepare", "loading backbone and data, planning", n_rounds=study.rounds))
+        from fedmentor_core.workspace import claim_study, find_study, workspace_of
+
+        ref = find_study(study, folder)
+        workspace_of(ref).preflight()  # bad input is refused here, before anything is written
+        claim_study(ref)
+        listener(ProgressEvent("prepare", "starting Prefect", n_rounds=study.rounds))
+        with _library_output(folder):
+            from flows.federated_training import federated_training
+            from tasks.listening import listening
+
+            with listening(listener), _responsive_ctrl_c():
+                return federated_training(study, str(folder))
+
+
+@contextmanager
+def _responsive_ctrl_c() -> Iterator[None]:
+    """Ctrl-C also stops the client that trains in a worker thread, at its next step."""
+    import signal
+
+    from tasks.listening import stop_at_next_step
+
+    def on_interrupt(signum: int, frame: object) -> None:
+        stop_at_next_step()
+        signal.signal(signal.SIGINT, previous)  # a second ctrl-C is the ordinary one
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    except FedMentorError as error:
+        if type(error).__name__ == "InterruptedByUserError":
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _library_output(folder: Path) -> Iterator[None]:
+    """Library warnings and logs go to a file in the output folder, not over the live view."""
+    import logging
+    import warnings
+
+    handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+        handler.close()
+
+
+def _tracking_uri(out: Path | None, tracking_uri: str | None) -> str:
+    if (out is None) == (tracking_uri is None):
+        raise ConfigError("give exactly one of --out DIR and --tracking-uri URI. Example: --out runs/quickstart")
+    if tracking_uri is not None:
+        return tracking_uri
+    assert out is not None
+    database = out.resolve() / "mlflow.db"
+    if not database.is_file():
+        raise ConfigError(f"{out} holds no mlflow.db. Give a finished study's folder, or --tracking-uri.")
+    return f"sqlite:///{database}"
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    main()

@@ -1,0 +1,31 @@
+"""The mapped client-training task.
+
+A retry is a new attempt with a charge of its own, unless the attempt had already released its update; the ledger
+decides, never Prefect's cache: results are neither cached nor persisted.
+"""
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from fedmentor_core.records import ClientAssignment, ClientUpdate
+from fedmentor_core.study import train_one
+from fedmentor_core.workspace import StudyRef, workspace_of
+from tasks.listening import tell
+from tasks.policies import telling_only_the_kind, worth_retrying
+
+
+@task(
+    name="train-client",
+    task_run_name="train {assignment.domain} round {assignment.round_index}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retry_condition_fn=worth_retrying,
+    retry_delay_seconds=1,
+)
+def train_client(ref: StudyRef, assignment: ClientAssignment) -> ClientUpdate:
+    """One client's part of a round: charge, train, store, release."""
+    try:
+        return train_one(workspace_of(ref), assignment, tell)
+    except Exception as error:
+        told = telling_only_the_kind(error)
+    raise told  # outside the handler: Prefect must not store the original as context

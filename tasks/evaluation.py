@@ -1,0 +1,31 @@
+"""The gated evaluation: a task mapped over domains, and the gate's verdict. No decision is made here."""
+
+from typing import Literal
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from fedmentor_core.evaluation.gate import judge
+from fedmentor_core.records import ArtifactRef, DomainEvaluation, EvaluationMetrics, GateVerdict
+from fedmentor_core.study import evaluate_one
+from fedmentor_core.workspace import StudyRef, workspace_of
+from tasks.listening import tell
+
+
+@task(
+    name="evaluate",
+    task_run_name="evaluate {domain} {split}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def evaluate_domain(
+    ref: StudyRef, adapter: ArtifactRef, domain: str, split: Literal["gate", "test"]
+) -> DomainEvaluation:
+    """Generate and score on one domain."""
+    return evaluate_one(workspace_of(ref), adapter, domain, split, tell)
+
+
+@task(name="gate", cache_policy=NO_CACHE, persist_result=False)
+def gate(ref: StudyRef, metrics: EvaluationMetrics, comparisons: dict[str, EvaluationMetrics | None]) -> GateVerdict:
+    """Every threshold, its value, pass or fail."""
+    return judge(metrics, ref.config.evaluation.thresholds, comparisons)

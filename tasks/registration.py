@@ -1,0 +1,48 @@
+"""From a finished study to a version in the model registry."""
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from fedmentor_core.adapters.lora import save_adapter_folder
+from fedmentor_core.records import ArtifactRef, ModelSummary, StudySummary
+from fedmentor_core.workspace import StudyRef, workspace_of
+from tasks.registry import BackboneReference, DomainPrivacy, Registration, register_and_decide
+
+
+@task(name="register", cache_policy=NO_CACHE, persist_result=False)
+def register_adapter(
+    ref: StudyRef, summary: StudySummary, adapter: ArtifactRef, tracking_uri: str, mlflow_run_id: str, folder: str
+) -> ModelSummary:
+    """Register the selected adapter as challenger; its gate's verdict decides whether it becomes champion."""
+    workspace = workspace_of(ref)
+    config = ref.config
+    target = Path(folder) / "adapter"
+    save_adapter_folder(
+        target, workspace.full_adapter_state(adapter), config.adapter, workspace.initial_adapter.targets
+    )
+    selected = next(one for one in summary.rounds if one.round_index == summary.selected_round)
+    registration = Registration(
+        name=config.tracking.registered_model,
+        study_run_id=ref.run_id,
+        mlflow_run_id=mlflow_run_id,
+        config_sha256=ref.config_sha256,
+        private=summary.private,
+        privacy=DomainPrivacy.of(summary.rounds[-1].clients),
+        backbone=BackboneReference(
+            name=_portable_name(config.backbone.name),
+            revision=config.backbone.revision,
+            sha256=workspace.backbone.sha256,
+            dtype=config.backbone.dtype,
+            max_length=config.backbone.max_length,
+            max_new_tokens=config.evaluation.max_new_tokens,
+        ),
+    )
+    return register_and_decide(tracking_uri, registration, target, selected.gate)
+
+
+def _portable_name(name: str) -> str:
+    """A folder by its absolute path, so that the model loads from any working directory."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
