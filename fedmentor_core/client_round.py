@@ -12,6 +12,7 @@ A death before 5 leaves the charge standing. If the release was already written,
 otherwise the next attempt is charged anew.
 """
 
+import math
 import time
 from collections.abc import Callable
 
@@ -52,7 +53,7 @@ def run_client(
     ledger = workspace.ledger(assignment.domain)
     promised = PrivacyAccount.of(plan)
     if plan.refusals or promised is None:
-        return _rest(assignment, plan, None, 0.0, "; ".join(plan.refusals), started)
+        return _rest(assignment, plan, ledger.account(), ledger.spent_rdp(), "; ".join(plan.refusals), started)
     account = ledger.open_account(
         promised,
         run_id=assignment.run_id,
@@ -82,7 +83,8 @@ def run_client(
             steps=assignment.steps,
         )
     except BudgetError as error:
-        return _rest(assignment, plan, account, ledger.spent_rdp(), str(error), started)
+        earlier = f"{attempt} earlier attempt(s) at this round failed and stay charged; " if attempt else ""
+        return _rest(assignment, plan, account, ledger.spent_rdp(), earlier + str(error), started)
     update = _train(workspace, assignment, attempt, on_step)
     ledger.release(
         account,
@@ -102,7 +104,7 @@ def policy_refusal(workspace: Workspace, assignment: ClientAssignment, plan: Dom
     """
     domain = workspace.config.domain(assignment.domain)
     noise = assignment.noise_multiplier
-    if noise is None or not noise >= domain.min_noise_multiplier:
+    if noise is None or not domain.min_noise_multiplier <= noise < math.inf:
         return f"noise multiplier {noise} asked for, the site's floor is {domain.min_noise_multiplier:g}"
     if assignment.sample_rate != plan.sample_rate:
         return f"sample rate {assignment.sample_rate:g} asked for, the site samples at {plan.sample_rate:g}"

@@ -45,9 +45,6 @@ def main() -> None:
     except FedMentorError as error:
         print(f"fedmentor: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("\nfedmentor: interrupted. Run the same command again to resume.", file=sys.stderr)
-        sys.exit(1)
 
 
 @app.callback(invoke_without_command=True)
@@ -353,7 +350,7 @@ def _responsive_ctrl_c() -> Iterator[None]:
     """Ctrl-C also stops the client that trains in a worker thread, at its next step."""
     import signal
 
-    from tasks.listening import stop_at_next_step
+    from tasks.listening import InterruptedByUserError, stop_at_next_step
 
     def on_interrupt(signum: int, frame: object) -> None:
         stop_at_next_step()
@@ -363,10 +360,8 @@ def _responsive_ctrl_c() -> Iterator[None]:
     previous = signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield
-    except FedMentorError as error:
-        if type(error).__name__ == "InterruptedByUserError":
-            raise KeyboardInterrupt from None
-        raise
+    except KeyboardInterrupt:
+        raise InterruptedByUserError("interrupted. Run the same command again to resume.") from None
     finally:
         signal.signal(signal.SIGINT, previous)
 
@@ -380,6 +375,9 @@ def _library_output(folder: Path) -> Iterator[None]:
     handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
+    on_terminal = [one for one in root.handlers if type(one) is logging.StreamHandler]
+    for one in on_terminal:
+        root.removeHandler(one)
     root.addHandler(handler)
     logging.captureWarnings(True)
     try:
@@ -389,6 +387,8 @@ def _library_output(folder: Path) -> Iterator[None]:
         logging.captureWarnings(False)
         root.removeHandler(handler)
         handler.close()
+        for one in on_terminal:
+            root.addHandler(one)
 
 
 def _tracking_uri(out: Path | None, tracking_uri: str | None) -> str:

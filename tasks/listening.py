@@ -39,5 +39,5 @@ def tell(event: ProgressEvent) -> None:
         InterruptedByUserError: after ``stop_at_next_step``.
     """
     if _stop.is_set():
-        raise InterruptedByUserError("interrupted by the user; run the same command again to resume.")
+        raise InterruptedByUserError("interrupted. Run the same command again to resume.")
     _listener(event)

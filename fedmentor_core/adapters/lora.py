@@ -8,6 +8,7 @@ Shapes: ``...lora_A.weight`` is (rank, d_in), ``...lora_B.weight`` is (d_out, ra
 """
 
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fedmentor_core.errors import BackboneError, IntegrityError
 State = dict[str, Any]
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+_seeding = threading.Lock()
 
 
 def attach(backbone: Backbone, config: AdapterConfig, seed: int) -> Any:
@@ -44,7 +46,7 @@ def attach(backbone: Backbone, config: AdapterConfig, seed: int) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
+    with _seeding, torch.random.fork_rng(devices=[]):  # torch's global generator is one for all threads
         torch.manual_seed(seed)
         model = get_peft_model(tree, lora)
     for name, parameter in model.named_parameters():
@@ -64,6 +66,14 @@ def _check_targets(tree: Any, targets: list[str]) -> None:
         raise BackboneError(
             f"adapter.target_modules {missing} match no linear module of the backbone; it has {sorted(linear)}. "
             "Name some of those, or use 'all-linear'."
+        )
+    head = tree.get_output_embeddings()
+    head_names = {name.rsplit(".", 1)[-1] for name, module in tree.named_modules() if module is head}
+    adapted_head = sorted(head_names.intersection(target.rsplit(".", 1)[-1] for target in targets))
+    if adapted_head:
+        raise BackboneError(
+            f"adapter.target_modules names the output head {adapted_head}, which is computed at target tokens only and "
+            "so has no gradient per row. Leave it out."
         )
 
 

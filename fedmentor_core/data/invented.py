@@ -107,7 +107,7 @@ class CorpusDescription:
 
 _OVERLOADED: Final = "Does the writer feel overloaded?"
 _LEAN_ON: Final = "Does the writer have someone to lean on?"
-_KEEPING_UP: Final = "Is the student keeping up with the course?"
+_KEEPING_UP: Final = "Is the student keeping up?"
 _CALL_BACK: Final = "Does the caller want us to call back?"
 
 CORPORA: Final[Mapping[str, CorpusDescription]] = MappingProxyType(
@@ -349,7 +349,7 @@ def _student_inbox(rng: random.Random, answers: Sequence[bool]) -> tuple[str, li
     post = " ".join([rng.choice(_INBOX_OPEN), fill(rng.choice(_INBOX_CONTEXT), _INBOX_SLOTS, rng), *body, *close])
     end = "so all is on track" if keeping_up else "so work is slipping"
     return post, [
-        f"{'Yes, the student is' if keeping_up else 'No, the student is not'} keeping up with the course. "
+        f"{'Yes, the student is' if keeping_up else 'No, the student is not'} keeping up. "
         f"Reasoning: the message states that {speak(fact, 'the student')}, {end}."
     ]
 

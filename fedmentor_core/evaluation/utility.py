@@ -189,7 +189,7 @@ def _load_uncached(config: BertScoreConfig) -> _Loaded:
         model=name,
         num_layers=layers,
         bert_score_hash=get_hash(name, layers, False, config.rescale_with_baseline, False, False),
-        bert_score_version=bert_score.__version__,
+        bert_score_version=version("bert-score"),
         rouge_score_version=version("rouge-score"),
         rouge_stemmer=False,
         weights_sha256=_weights_sha256(folder, bert),

@@ -11,9 +11,9 @@ Guarantees:
     * The denominator is the expected batch q N, never the realised one.
     * An empty batch still adds noise and is a step like any other.
     * Microbatches change memory, not the mechanism: noise is added once, after the last.
-    * Noise comes from the system's entropy, the generator's whole state drawn anew at every step, in Opacus' secure mode (sums of Gaussians against
-      floating-point attacks, Holohan and Braghin 2021); never from a study's seed, except in tests, and then the run
-      is marked not private.
+    * Noise comes from the system's entropy, the generator's whole state drawn anew at every step, in Opacus' secure
+      mode (sums of Gaussians against floating-point attacks, Holohan and Braghin 2021); never from a study's seed,
+      except in tests, and then the run is marked not private.
 """
 
 from collections.abc import Iterable

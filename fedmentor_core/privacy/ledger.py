@@ -2,7 +2,10 @@
 
 Entries are objects ``ledgers/<domain>/<sequence>.json`` created with create-if-absent, each holding the sha256 of
 the one before. Two writers racing for a sequence number: one wins, the other re-reads and tries again. A missing,
-torn, changed or reordered entry breaks the chain, and then nothing may be charged (fail closed).
+torn, changed or reordered entry breaks the chain, and then nothing may be charged (fail closed). A chain says nothing
+about its own last entry, so a witness with that entry's digest is kept under ``ledger-witnesses/``: an end cut off or
+changed is found too. (Who can rewrite entries and witnesses alike can still forge an account: keep the ledger's store
+where the site alone may write.)
 
 One account per domain *name*: the entries carry the dataset's fingerprint, and a changed dataset goes on drawing
 from the same budget. Adding, dropping or reordering rows therefore never buys a new one.
@@ -17,7 +20,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedmentor_core.errors import AlreadyExistsError, BudgetError, LedgerError, StorageError
+from fedmentor_core.errors import AlreadyExistsError, BudgetError, LedgerError, NotFoundError, StorageError
 from fedmentor_core.hashing import canonical_json, sha256_bytes
 from fedmentor_core.privacy.filter import PrivacyAccount
 from fedmentor_core.records import LedgerEntry, Record
@@ -51,12 +54,16 @@ class Ledger:
         Raises:
             LedgerError: an entry is missing, torn, changed or out of order.
         """
+        witnesses = list(self._store.list_keys(f"ledger-witnesses/{self.domain}"))  # first, so none is ahead of us
         found: list[LedgerEntry] = []
         previous = ""
         for sequence, key in enumerate(self._store.list_keys(f"ledgers/{self.domain}")):
             if key != self._key(sequence):
                 raise self._broken(sequence, f"expected {self._key(sequence)}, found {key}")
-            data = self._store.get_bytes(key)
+            try:
+                data = self._store.get_bytes(key)
+            except NotFoundError:
+                raise self._broken(sequence, "it vanished while it was read") from None
             try:
                 entry = LedgerEntry.model_validate_json(data)
             except ValidationError:
@@ -67,6 +74,11 @@ class Ledger:
                 raise self._broken(sequence, "its bytes are not the canonical form")
             found.append(entry)
             previous = sha256_bytes(data)
+        if witnesses and witnesses[-1] >= self._witness_key(len(found)):
+            raise self._broken(len(found), "it was written and is missing")
+        last = self._witness_key(len(found) - 1)
+        if last in witnesses and self._store.get_bytes(last) != previous.encode():
+            raise self._broken(len(found) - 1, "its digest is not the one that was witnessed")
         return found
 
     def open_account(
@@ -80,24 +92,21 @@ class Ledger:
         Raises:
             BudgetError: another promise is already in force.
         """
-        for entry in self.entries():
-            if entry.kind == "plan":
-                if (entry.epsilon_budget, entry.delta) != (account.epsilon, account.delta):
-                    raise BudgetError(
-                        f"domain {self.domain!r} was promised epsilon {entry.epsilon_budget:g} at delta "
-                        f"{entry.delta:g} for its lifetime; this study asks for epsilon {account.epsilon:g} at delta "
-                        f"{account.delta:g}. Set the domain's epsilon and delta to the promise."
-                    )
-                return PrivacyAccount(entry.epsilon_budget, entry.delta, entry.rdp_order, entry.rdp_budget)
+        promised = self.account()
+        if promised is not None:
+            if (promised.epsilon, promised.delta) != (account.epsilon, account.delta):
+                raise BudgetError(
+                    f"domain {self.domain!r} was promised epsilon {promised.epsilon:g} at delta {promised.delta:g} for "
+                    f"its lifetime; this study asks for epsilon {account.epsilon:g} at delta {account.delta:g}. Set "
+                    "the domain's epsilon and delta to the promise."
+                )
+            return promised
         self._append(account, kind="plan", run_id=run_id, dataset_fingerprint=dataset_fingerprint, reason=reason)
         return self.open_account(account, run_id=run_id, dataset_fingerprint=dataset_fingerprint)
 
     def account(self) -> PrivacyAccount | None:
         """The promise in force, or None before the first plan."""
-        for entry in self.entries():
-            if entry.kind == "plan":
-                return PrivacyAccount(entry.epsilon_budget, entry.delta, entry.rdp_order, entry.rdp_budget)
-        return None
+        return _in_force(self.entries())
 
     def spent_rdp(self) -> float:
         """Sum of all charges at the account's order."""
@@ -205,8 +214,10 @@ class Ledger:
     ) -> LedgerEntry | None:
         for _ in range(_MAX_RACES):
             entries = self.entries()
-            if admit and not account.admits(_spent(entries), rdp_charge):
-                return None
+            if admit:
+                self._check_account(account, entries)
+                if not account.admits(_spent(entries), rdp_charge):
+                    return None
             previous = canonical_json(entries[-1].model_dump(mode="json")) if entries else b""
             entry = LedgerEntry.model_validate(
                 {
@@ -229,8 +240,29 @@ class Ledger:
                 continue  # another writer won this number: read again, admit again
             except StorageError as error:
                 raise LedgerError(f"ledger of {self.domain!r} cannot be written: {error} Training stops.") from error
+            self._witness(entry)
             return entry
         raise LedgerError(f"ledger of {self.domain!r}: {_MAX_RACES} writers were faster; try again later.")
+
+    def _check_account(self, account: PrivacyAccount, entries: Sequence[LedgerEntry]) -> None:
+        """Only the promise in force admits, and only while every charge has its full price."""
+        if _in_force(entries) != account:
+            raise LedgerError(f"ledger of {self.domain!r}: charged under another promise than the one in force.")
+        for entry in entries:
+            if entry.kind == "charge":
+                cost = account.charge_of(entry.noise_multiplier or 0.0, entry.sample_rate or 0.0, entry.steps)
+                if not entry.rdp_charge >= cost * (1 - 1e-6):
+                    raise self._broken(entry.sequence, "it charges less than its steps cost")
+
+    def _witness(self, entry: LedgerEntry) -> None:
+        digest = sha256_bytes(canonical_json(entry.model_dump(mode="json")))
+        try:
+            self._store.put(self._witness_key(entry.sequence), digest.encode())
+        except StorageError as error:
+            raise LedgerError(f"ledger of {self.domain!r} cannot be witnessed: {error} Training stops.") from error
+
+    def _witness_key(self, sequence: int) -> str:
+        return f"ledger-witnesses/{self.domain}/{sequence:08d}"
 
     def _key(self, sequence: int) -> str:
         return f"ledgers/{self.domain}/{sequence:08d}.json"
@@ -245,6 +277,14 @@ class Ledger:
 def ledger_domains(store: ArtifactStore) -> Sequence[str]:
     """Names of all domains that have an account in ``store``."""
     return sorted({key.split("/")[1] for key in store.list_keys("ledgers")})
+
+
+def _in_force(entries: Sequence[LedgerEntry]) -> PrivacyAccount | None:
+    """The first plan's promise: it holds for good."""
+    for entry in entries:
+        if entry.kind == "plan":
+            return PrivacyAccount(entry.epsilon_budget, entry.delta, entry.rdp_order, entry.rdp_budget)
+    return None
 
 
 def _spent(entries: Sequence[LedgerEntry]) -> float:

@@ -87,6 +87,15 @@ def plan_domain(
             "units); a larger one would allow giving away whole posts. Lower delta or leave it out."
         )
     steps = training.steps_per_round * config.rounds
+    spent_before = account_in_force.epsilon_spent(spent_rdp) if account_in_force else 0.0
+    refused = {**base, **unaccounted, "delta": delta, "epsilon_budget": epsilon, "epsilon_spent_before": spent_before}
+    if account_in_force is not None and (account_in_force.epsilon, account_in_force.delta) != (epsilon, delta):
+        refusal = (
+            f"domain {domain.name!r}: was promised epsilon {account_in_force.epsilon:g} at delta "
+            f"{account_in_force.delta:g} for its lifetime, and this study asks for epsilon {epsilon:g} at delta "
+            f"{delta:g}. Set the domain's epsilon and delta to the promise."
+        )
+        return DomainPlan.model_validate({**refused, "refusals": (refusal,)})
     try:
         account = account_in_force or PrivacyAccount.open(epsilon, delta, sample_rate, steps)
         left = account.rdp_budget - spent_rdp
@@ -101,14 +110,11 @@ def plan_domain(
             f"domain {domain.name!r}: budget epsilon {epsilon:g} at delta {delta:g} is too small for {config.rounds} "
             f"rounds of {training.steps_per_round} steps at sample rate {sample_rate:.4g}"
             + (" after what earlier runs spent" if spent_rdp else "")
-            + f" ({str(error).rstrip('.')}). Raise the domain's epsilon, or lower rounds, steps_per_round or batch_size."
+            + f" ({str(error).rstrip('.')}). "
+            + ("Lower" if account_in_force else "Raise the domain's epsilon, or lower")
+            + " rounds, steps_per_round or batch_size."
         )
-        return DomainPlan.model_validate(
-            {
-                **base, **unaccounted, "delta": delta, "epsilon_budget": epsilon, "refusals": (refusal,),
-                "epsilon_spent_before": account_in_force.epsilon_spent(spent_rdp) if account_in_force else 0.0,
-            }
-        )  # fmt: skip
+        return DomainPlan.model_validate({**refused, "refusals": (refusal,)})
     noise = max(noise, domain.min_noise_multiplier)
     planned = spent_rdp + account.charge_of(noise, sample_rate, steps)
     spend = PrivacySpend(noise_multiplier=noise, sample_rate=sample_rate, steps=steps)

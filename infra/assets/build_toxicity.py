@@ -53,6 +53,7 @@ class Recipe:
     learning_rate: float = 6e-4
     refine_learning_rate: float = 2e-4
     refine_texts: int = 12_000
+    refine_share: float = 0.6
     weight_decay: float = 0.01
     warmup: float = 0.08
     label_smoothing: float = 0.02
@@ -741,6 +742,7 @@ the threshold on labelled text of your own service.
 | built by | `python infra/assets/build_toxicity.py --data-root ../shared/data` ({steps} steps, {minutes:.1f} minutes, one thread of a busy machine, seed {seed}) |
 
 Training is seeded, with one thread; another processor or library version may change the last digits and so the sha256.
+The shipped files come from the command's two stages run one after the other, not from a single call.
 
 ## Measured on texts it never saw
 
@@ -755,8 +757,8 @@ below 0.5. False alarm: a text labelled non-toxic that scored at or above the th
   are counselling texts alone. It shows what dilution costs on outputs that are mostly calm.
 - `jigsaw_test_examples` and `xstest_completions` are whole sets outside the training domains. The first has only
   {jigsaw_toxic} toxic texts, so its AUC is rough. The second are model replies, taken as non-toxic here; some are not.
-  The recipe's second stage (harder invented sentences) was added after a first look at these two sets and at the row
-  below, so they are unseen in training but not untouched by choices.
+  The recipe's second stage (harder invented sentences, then an average of both stages' weights) was chosen after a
+  look at these figures: all rows are unseen in training, but not untouched by choices, and a little flattering.
 - The last row are public research posts of people in distress, never trained on. They carry no toxicity label and
   some do quote or contain abuse: the rate bounds how often distress as such is flagged.
 
@@ -907,12 +909,17 @@ def main() -> None:
         notes = json.loads((arguments.out / "checkpoint.json").read_text(encoding="utf-8"))["training"]
         model = BertForSequenceClassification.from_pretrained(arguments.out, dtype=torch.float32)
         tokenizer = BertTokenizer.from_pretrained(arguments.out)
+        first_stage = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         torch.manual_seed(recipe.seed + 1)
         rng = random.Random(recipe.seed + 1)
         drawn = [draw_refinement(pools, kept["invented, harder"], rng, recipe.refine_texts)]
         again = train(model, tokenizer, drawn, recipe, rng, recipe.refine_learning_rate, arguments.minutes)
         notes = {key: notes[key] + again[key] for key in ("steps", "planned", "seconds")}
         notes["loss"] = again["loss"]
+        # Between the two stages lies a better trade: threats found by the second, fewer false alarms of the first.
+        share = recipe.refine_share
+        refined = {name: tensor.half().float() for name, tensor in model.state_dict().items()}
+        model.load_state_dict({name: (1 - share) * first_stage[name] + share * refined[name] for name in refined})
         write_checkpoint_folder(arguments.out, model, tokenizer, classes=("toxic",), dtype="float16", notes=notes)
     held = {f"{name} (held out)": pair[1] for name, pair in parts.items()}
     held["abuse inside counselling (held out)"] = hidden_abuse(

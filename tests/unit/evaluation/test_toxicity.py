@@ -22,6 +22,7 @@ ABUSE = [
     "You are a stupid idiot and I hate you.",
     "Shut up, you worthless piece of trash.",
     "Nobody likes you, you pathetic loser. Go away and die.",
+    "You should kill yourself.",
 ]
 CALM = [
     "I feel so tired and alone tonight.",
@@ -63,10 +64,18 @@ def test_scores_do_not_depend_on_the_batch(scorer: ToxicityScorer) -> None:
     assert scorer.score(list(reversed(texts))) == pytest.approx(list(reversed(together)), abs=1e-4)
 
 
-def test_abuse_at_the_end_of_a_long_text_is_found(scorer: ToxicityScorer) -> None:
-    calm = "We went for a walk by the river and then we made some tea. " * 60
-    quiet, hidden = scorer.score([calm, f"{calm} {ABUSE[0]}"])
+def test_abuse_past_the_context_is_found(scorer: ToxicityScorer) -> None:
+    # Detoxify alone would cut both texts off at the same place and give them one score.
+    calm = (
+        "Thank you for writing. It sounds as if the last months were hard, and it makes sense that you are tired. Many "
+        "people feel this way after a loss. It may help to talk with someone you trust, to keep regular hours, and to "
+        "ask your doctor about support near you. Small steps count. What helped you when things were hard before? "
+    ) * 3
+    assert len(calm.split()) > scorer.identity.window_tokens
+    quiet, hidden = scorer.score([calm, calm + " ".join(ABUSE)])
     assert quiet < 0.5 < hidden
+    cut = toxicity._load(scorer.config).detoxify.predict([calm, calm + " ".join(ABUSE)])["toxicity"]
+    assert cut[0] == pytest.approx(cut[1], abs=1e-4)
 
 
 def test_scores_equal_detoxify_itself(scorer: ToxicityScorer) -> None:
