@@ -29,7 +29,6 @@ from fedmentor_core.records import (
     RoundManifest,
     RoundSummary,
 )
-
 from fedmentor_core.workspace import Workspace
 
 Comparisons = Mapping[str, EvaluationMetrics | None]

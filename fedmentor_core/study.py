@@ -6,6 +6,7 @@ and nothing else, and a test holds both to the same adapters.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, Protocol
 
 from fedmentor_core import rounds
@@ -27,7 +28,8 @@ from fedmentor_core.records import (
     StudySummary,
 )
 from fedmentor_core.rounds import Comparisons, RoundState
-from fedmentor_core.workspace import StudyRef, Workspace, workspace_of
+from fedmentor_core.study_ref import StudyRef
+from fedmentor_core.workspace import Workspace, workspace_of
 
 SetName = Literal["gate", "test"]
 
@@ -147,8 +149,8 @@ def run_study(ref: StudyRef, engine: Engine | None = None, listen: Listener = si
     for round_index in range(config.rounds):
         manifest = rounds.find_manifest(workspace, round_index)
         if manifest is None:
-            before = state
-            manifest = engine.in_round(round_index, lambda: _run_round(workspace, engine, before, comparisons, listen))
+            body = partial(_run_round, workspace, engine, state, comparisons, listen)
+            manifest = engine.in_round(round_index, body)
         engine.track_round(manifest)
         manifests.append(manifest)
         verdict = "passed" if manifest.summary.gate.passed else "did not pass"

@@ -1,17 +1,13 @@
 """What a study needs at hand on one machine, loaded lazily and once per process.
 
-``StudyRef`` is what crosses task borders; ``Workspace`` is what a process makes of it.
+A ``StudyRef`` crosses task borders; a ``Workspace`` is what a process makes of it.
 """
 
-import json
-import secrets
 import threading
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
-from fedmentor_core import __version__
 from fedmentor_core.adapters.backbone import Backbone, load_backbone
 from fedmentor_core.adapters.lora import (
     State,
@@ -22,9 +18,7 @@ from fedmentor_core.adapters.lora import (
     state_from_bytes,
     state_to_bytes,
 )
-from fedmentor_core.config import StudyConfig
-from fedmentor_core.config_io import config_sha256
-from fedmentor_core.errors import BudgetError, OutputExistsError
+from fedmentor_core.errors import BudgetError
 from fedmentor_core.hashing import derive_seed
 from fedmentor_core.privacy.ledger import Ledger
 from fedmentor_core.privacy.plan import plan_domain
@@ -33,90 +27,11 @@ from fedmentor_core.records import (
     ArtifactRef,
     BackboneSummary,
     ClientUpdate,
-    Record,
     StudyPlan,
 )
 from fedmentor_core.storage.base import ArtifactStore, open_store
+from fedmentor_core.study_ref import StudyRef
 from fedmentor_core.training.client import TrainingSet
-
-
-MARKER = "study.json"
-
-
-class StudyRef(Record):
-    """A study by reference: its configuration, its id and where its outputs go."""
-
-    config: StudyConfig
-    run_id: str
-    out_dir: str
-
-    @property
-    def store_url(self) -> str:
-        """The artifact store's URL."""
-        return self.config.storage.url or (Path(self.out_dir).resolve() / "store").as_uri()
-
-    @property
-    def config_sha256(self) -> str:
-        """Digest of what the study computes."""
-        return config_sha256(self.config)
-
-
-def find_study(config: StudyConfig, out_dir: str | Path) -> StudyRef:
-    """The study that ``out_dir`` holds, or a new one for it. Writes nothing.
-
-    Raises:
-        OutputExistsError: the folder already holds another study.
-    """
-    out = Path(out_dir).resolve()
-    marker = out / MARKER
-    digest = config_sha256(config)
-    if marker.is_file():
-        found = json.loads(marker.read_text(encoding="utf-8"))
-        if found.get("config_sha256") != digest:
-            raise OutputExistsError(
-                f"output folder {out_dir} already holds study {found.get('study')!r} with another configuration "
-                f"(sha256 {str(found.get('config_sha256'))[:12]}, this one has {digest[:12]}). Nothing was changed. "
-                "Give another --out, or the same configuration to resume."
-            )
-        return StudyRef(config=config, run_id=found["run_id"], out_dir=str(out))
-    if (out / "summary.json").exists() or (out.exists() and not out.is_dir()):
-        raise OutputExistsError(
-            f"output folder {out_dir} holds something that is not a study of ours. Nothing was changed. "
-            "Give another --out."
-        )
-    return StudyRef(config=config, run_id=f"{config.name}-{secrets.token_hex(4)}", out_dir=str(out))
-
-
-def claim_study(ref: StudyRef) -> None:
-    """Write the output folder's marker, so that the same command resumes this study.
-
-    Raises:
-        OutputExistsError: another study was faster.
-    """
-    out = Path(ref.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "study": ref.config.name,
-        "run_id": ref.run_id,
-        "config_sha256": ref.config_sha256,
-        "fedmentor": __version__,
-    }
-    try:
-        with (out / MARKER).open("x", encoding="utf-8") as handle:
-            handle.write(json.dumps(facts, indent=2) + "\n")
-    except FileExistsError:
-        if find_study(ref.config, out).run_id != ref.run_id:
-            raise OutputExistsError(
-                f"output folder {out} was taken by another start of the same study a moment ago. Start again to join it."
-            ) from None
-
-
-def open_study(config: StudyConfig, out_dir: str | Path) -> StudyRef:
-    """``find_study`` and ``claim_study``: create the study in ``out_dir``, or find it there to resume."""
-    ref = find_study(config, out_dir)
-    claim_study(ref)
-    return ref
-
 
 _workspaces: dict[str, "Workspace"] = {}
 _workspaces_lock = threading.Lock()

@@ -15,7 +15,7 @@ from fedmentor_core.errors import ConfigError, FedMentorError
 
 if TYPE_CHECKING:
     from fedmentor_core.config import StudyConfig
-    from fedmentor_core.records import StudyPlan, StudySummary
+    from fedmentor_core.records import StudySummary
 
 app = typer.Typer(
     name="fedmentor",
@@ -111,7 +111,8 @@ def plan(
     study = _load(config, overrides)
     import tempfile
 
-    from fedmentor_core.workspace import Workspace, find_study
+    from fedmentor_core.study_ref import find_study
+    from fedmentor_core.workspace import Workspace
     from flows.quiet import silence_libraries
 
     silence_libraries()
@@ -176,7 +177,8 @@ def report(
     for name in ("summary.json", "config.yaml", "study.json"):
         if not (out / name).is_file():
             raise ConfigError(f"{out} holds no {name}: not a finished study. Run 'fedmentor run' first.")
-    from fedmentor_core.workspace import open_study, workspace_of
+    from fedmentor_core.study_ref import open_study
+    from fedmentor_core.workspace import workspace_of
     from flows.outputs import write_outputs
 
     ref = open_study(load_config(out / "config.yaml"), out)
@@ -331,7 +333,8 @@ def _run(study: "StudyConfig", folder: Path, mode: Any) -> "StudySummary":
 
     with make_listener(mode) as listener:
         listener(ProgressEvent("prepare", "loading backbone and data, planning", n_rounds=study.rounds))
-        from fedmentor_core.workspace import claim_study, find_study, workspace_of
+        from fedmentor_core.study_ref import claim_study, find_study
+        from fedmentor_core.workspace import workspace_of
 
         ref = find_study(study, folder)
         workspace_of(ref).preflight()  # bad input is refused here, before anything is written

@@ -25,7 +25,8 @@ from fedmentor_core.records import (
     StudySummary,
 )
 from fedmentor_core.study import SetName, failure_reason, report_failure, run_study
-from fedmentor_core.workspace import StudyRef, Workspace, open_study, workspace_of
+from fedmentor_core.study_ref import StudyRef, open_study
+from fedmentor_core.workspace import Workspace, workspace_of
 from flows.outputs import write_outputs
 from tasks import reporting
 from tasks.aggregation import aggregate

@@ -33,6 +33,7 @@ def fetch_with_progress(name: str, destination: Path, base_url: str | None) -> l
             reports.append(fetch(one, destination, base_url=base_url or RAW_URL, progress=on_bytes))
     for report in reports:
         print(
-            f"{report.name}: {len(report.fetched)} fetched, {len(report.already_right)} already right in {report.folder}"
+            f"{report.name}: {len(report.fetched)} fetched, {len(report.already_right)} already right, "
+            f"in {report.folder}"
         )
     return reports

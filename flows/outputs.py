@@ -12,7 +12,8 @@ from fedmentor_core.privacy.ledger import ledger_domains
 from fedmentor_core.records import StudySummary
 from fedmentor_core.report.html import write_report
 from fedmentor_core.study import samples_by_round
-from fedmentor_core.workspace import StudyRef, Workspace
+from fedmentor_core.study_ref import StudyRef
+from fedmentor_core.workspace import Workspace
 
 
 @dataclass(frozen=True)

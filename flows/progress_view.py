@@ -308,9 +308,7 @@ class LiveView:
 def _bar(completed: float, total: float) -> "RenderableType":
     from rich.progress_bar import ProgressBar
 
-    return ProgressBar(
-        total=total, completed=completed, width=28, complete_style="cyan", finished_style="green"
-    )
+    return ProgressBar(total=total, completed=completed, width=28, complete_style="cyan", finished_style="green")
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from prefect.cache_policies import NO_CACHE
 
 from fedmentor_core import rounds
 from fedmentor_core.records import ArtifactRef, ClientUpdate
-from fedmentor_core.workspace import StudyRef, workspace_of
+from fedmentor_core.study_ref import StudyRef
+from fedmentor_core.workspace import workspace_of
 
 
 @task(name="aggregate", cache_policy=NO_CACHE, persist_result=False)

@@ -9,7 +9,8 @@ from prefect.cache_policies import NO_CACHE
 
 from fedmentor_core.records import ClientAssignment, ClientUpdate
 from fedmentor_core.study import train_one
-from fedmentor_core.workspace import StudyRef, workspace_of
+from fedmentor_core.study_ref import StudyRef
+from fedmentor_core.workspace import workspace_of
 from tasks.listening import tell
 from tasks.policies import telling_only_the_kind, worth_retrying
 

@@ -8,7 +8,8 @@ from prefect.cache_policies import NO_CACHE
 from fedmentor_core.evaluation.gate import judge
 from fedmentor_core.records import ArtifactRef, DomainEvaluation, EvaluationMetrics, GateVerdict
 from fedmentor_core.study import evaluate_one
-from fedmentor_core.workspace import StudyRef, workspace_of
+from fedmentor_core.study_ref import StudyRef
+from fedmentor_core.workspace import workspace_of
 from tasks.listening import tell
 
 

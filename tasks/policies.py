@@ -33,7 +33,7 @@ def worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
     return not (isinstance(error, NEVER_RETRIED) or isinstance(error.__cause__, NEVER_RETRIED))
 
 
-class SiteFailure(FedMentorError):
+class SiteFailureError(FedMentorError):
     """A client's failure as it may leave the site: our own message, or only the kind of the exception.
 
     Prefect stores exception texts and tracebacks; a library's message may quote the data it failed on.
@@ -42,4 +42,4 @@ class SiteFailure(FedMentorError):
 
 def telling_only_the_kind(error: Exception) -> FedMentorError:
     """``error`` itself when its message is ours, else a stand-in without its text."""
-    return error if isinstance(error, FedMentorError) else SiteFailure(failure_reason(error))
+    return error if isinstance(error, FedMentorError) else SiteFailureError(failure_reason(error))

@@ -7,7 +7,8 @@ from prefect.cache_policies import NO_CACHE
 
 from fedmentor_core.adapters.lora import save_adapter_folder
 from fedmentor_core.records import ArtifactRef, ModelSummary, StudySummary
-from fedmentor_core.workspace import StudyRef, workspace_of
+from fedmentor_core.study_ref import StudyRef
+from fedmentor_core.workspace import workspace_of
 from tasks.registry import BackboneReference, DomainPrivacy, Registration, register_and_decide
 
 

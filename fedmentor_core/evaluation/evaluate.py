@@ -38,9 +38,7 @@ class Scorers:
         Raises:
             BackboneError: a scorer's model is not found.
         """
-        return cls(
-            UtilityScorer(config.bertscore), ToxicityScorer(config.toxicity), config.toxicity.safe_threshold
-        )
+        return cls(UtilityScorer(config.bertscore), ToxicityScorer(config.toxicity), config.toxicity.safe_threshold)
 
     @property
     def identities(self) -> ScorerIdentities:

@@ -8,9 +8,7 @@ from fedmentor_core.records import EvaluationMetrics, GateVerdict, Metrics, Thre
 Comparison = Mapping[str, EvaluationMetrics | None]
 
 
-def judge(
-    metrics: EvaluationMetrics, thresholds: tuple[ThresholdConfig, ...], comparisons: Comparison
-) -> GateVerdict:
+def judge(metrics: EvaluationMetrics, thresholds: tuple[ThresholdConfig, ...], comparisons: Comparison) -> GateVerdict:
     """Compare a candidate's gate-set metrics with every threshold.
 
     Args:

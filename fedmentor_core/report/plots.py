@@ -71,9 +71,7 @@ def noise_figure(summary: StudySummary) -> Figure:
         "A ring marks a round whose noise differs from the round before." if changes else "It never changed."
     )
     alt = "Noise multiplier by round. " + _first_and_last(lines, lambda v: words.significant(v))
-    svg = line_chart(
-        lines, _round_labels(summary), alt=alt, show=lambda v: words.significant(v), least_span=0.2
-    )
+    svg = line_chart(lines, _round_labels(summary), alt=alt, show=lambda v: words.significant(v), least_span=0.2)
     return Figure("Noise multiplier", note if svg else "No noise was added.", svg)
 
 
@@ -111,8 +109,7 @@ def cost_figures(summary: StudySummary) -> list[Figure]:
         for slot, d in enumerate(domains)
     ]
     seconds = [
-        Series(d, tuple(_client_values(summary, d, lambda c: c.seconds)), slot)
-        for slot, d in enumerate(domains)
+        Series(d, tuple(_client_values(summary, d, lambda c: c.seconds)), slot) for slot, d in enumerate(domains)
     ]
     figures = []
     traffic_note = "Adapter bytes up and down together."

@@ -360,9 +360,7 @@ def _round(one: RoundSummary, offset: int, selected: bool, shown: int) -> RoundV
     n_passed = sum(result.passed for result in one.gate.results)
     trained = sum(client.status == "trained" for client in one.clients)
     digest = [
-        f"{n_passed} of {words.count(len(one.gate.results), 'threshold')} met"
-        if one.gate.results
-        else "no thresholds",
+        f"{n_passed} of {words.count(len(one.gate.results), 'threshold')} met" if one.gate.results else "no thresholds",
         f"{trained} of {words.count(len(one.clients), 'client')} trained",
         words.show_bytes(one.bytes_total),
         words.show_seconds(one.seconds),

@@ -54,7 +54,11 @@ def call(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
 def test_a_whole_run_its_summary_and_the_second_start(config_file, environment, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     first = subprocess.run(
-        command("run", "-c", config_file, "-o", out, "--plain"), env=environment, capture_output=True, text=True, cwd=ROOT
+        command("run", "-c", config_file, "-o", out, "--plain"),
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert first.returncode == 0, first.stderr[-2000:]
     assert "Traceback" not in first.stderr
@@ -89,7 +93,13 @@ def test_ctrl_c_in_the_middle_then_the_same_command_resumes(config_file, environ
     out = tmp_path / "out"
     arguments = command("run", "-c", config_file, "-o", out, "--plain", "--set", "training.steps_per_round=40")
     running = subprocess.Popen(
-        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+        arguments,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
     )
     ledger = Ledger(LocalStore(out / "store"), "two")
     _wait_for(lambda: any(e.kind == "charge" for e in ledger.entries()), running, seconds=240)
@@ -110,7 +120,9 @@ def test_ctrl_c_in_the_middle_then_the_same_command_resumes(config_file, environ
     for view in (Ledger(LocalStore(out / "store"), name).view() for name in ("one", "two")):
         assert view.epsilon_spent <= view.epsilon_budget
     one = Ledger(LocalStore(out / "store"), "one").entries()
-    assert [e.attempt for e in one if e.kind == "charge" and e.round_index == 0] == [0], "what was released is not redone"
+    assert [e.attempt for e in one if e.kind == "charge" and e.round_index == 0] == [0], (
+        "what was released is not redone"
+    )
 
 
 BAD_INPUT = {

@@ -7,7 +7,8 @@ import pytest
 from fedmentor_core.config_io import validate_config
 from fedmentor_core.rounds import find_manifest
 from fedmentor_core.study import run_study
-from fedmentor_core.workspace import open_study, workspace_of
+from fedmentor_core.study_ref import open_study
+from fedmentor_core.workspace import workspace_of
 
 
 @pytest.fixture(scope="module")

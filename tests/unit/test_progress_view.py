@@ -197,9 +197,7 @@ def test_threads_may_all_speak_at_once(mode):
 
     def client(name):
         for step in range(1, 201):
-            listener(
-                ProgressEvent("train", domain=name, completed=step, total=200, round_index=0, n_rounds=1)
-            )
+            listener(ProgressEvent("train", domain=name, completed=step, total=200, round_index=0, n_rounds=1))
 
     with make_listener(mode, console) as listener:
         threads = [threading.Thread(target=client, args=(f"client-{i}",)) for i in range(8)]

@@ -43,9 +43,7 @@ def test_one_corpus_asks_two_questions_of_a_post_and_no_question_is_shared():
 @pytest.mark.parametrize("corpus", list(CORPORA))
 def test_response_has_the_form_and_agrees_with_the_label(corpora, corpus):
     for row in corpora[corpus]:
-        assert re.fullmatch(r"(Yes|No), the [^.]+\. Reasoning: the \w+ [^.]+\.", row["response"]), row[
-            "response"
-        ]
+        assert re.fullmatch(r"(Yes|No), the [^.]+\. Reasoning: the \w+ [^.]+\.", row["response"]), row["response"]
         assert row["response"].lower().startswith(row["label"])
         assert (" not " in row["response"].split(". Reasoning:")[0]) == (row["label"] == "no")
 
@@ -61,9 +59,7 @@ def test_lengths_are_in_range(corpora, corpus):
 def test_explanation_names_words_of_the_post(corpora, corpus):
     """Nearly every word of the evidence stands in the post: the explanation follows from the text."""
     for row in corpora[corpus]:
-        evidence = re.search(
-            r"(?:says that|states that|records that the caller) (.+), \w+ [\w ]+\.$", row["response"]
-        )
+        evidence = re.search(r"(?:says that|states that|records that the caller) (.+), \w+ [\w ]+\.$", row["response"])
         assert evidence is not None, row["response"]
         words = re.findall(r"[a-z]+", evidence.group(1).lower())
         post = set(re.findall(r"[a-z]+", row["post"].lower()))
@@ -111,9 +107,7 @@ def test_seed_fixes_the_corpus_and_a_longer_one_begins_with_the_shorter(corpora,
 
 
 def test_generation_does_not_depend_on_the_hash_seed():
-    code = (
-        "from fedmentor_core.data.invented import generate; print(generate('crisis_notes', 3, 1)[2]['post'])"
-    )
+    code = "from fedmentor_core.data.invented import generate; print(generate('crisis_notes', 3, 1)[2]['post'])"
     texts = {
         subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, cwd=ROOT,
@@ -126,10 +120,7 @@ def test_generation_does_not_depend_on_the_hash_seed():
 
 def test_domains_are_not_identically_distributed(corpora):
     """Half of each domain's words or more belong to it alone, and length and style differ."""
-    words = {
-        name: Counter(re.findall(r"[\w']+", " ".join(r["post"] for r in rows)))
-        for name, rows in corpora.items()
-    }
+    words = {name: Counter(re.findall(r"[\w']+", " ".join(r["post"] for r in rows))) for name, rows in corpora.items()}
     for name, own in words.items():
         for other, theirs in words.items():
             if name != other:

@@ -60,9 +60,7 @@ def make_metrics(step, shift=0.0, n=24, released=True):
 
 
 def make_evaluation(step, domains, n=24, released=True):
-    own = {
-        name: Metrics(**make_metrics(step, 0.02 * (i % 3 - 1), n, released)) for i, name in enumerate(domains)
-    }
+    own = {name: Metrics(**make_metrics(step, 0.02 * (i % 3 - 1), n, released)) for i, name in enumerate(domains)}
     return EvaluationMetrics(**make_metrics(step, 0.0, n * len(domains), released), by_domain=own)
 
 
@@ -140,9 +138,7 @@ def make_summary(
 ):
     made = []
     for k in range(1, rounds + 1):
-        lines = [
-            make_client(name, k, i, private, 0.93 * math.sqrt(k / rounds)) for i, name in enumerate(domains)
-        ]
+        lines = [make_client(name, k, i, private, 0.93 * math.sqrt(k / rounds)) for i, name in enumerate(domains)]
         if clients is not None:
             lines = clients(k, lines)
         changes = ()
@@ -342,9 +338,7 @@ def test_figures_have_words_and_tables_have_headers():
     assert charts == 3 + 3 + 2 + 2
     labels = [value for tag, name, value in parser.attributes if tag == "svg" and name == "aria-label"]
     assert len(labels) == charts
-    assert any(
-        "BERTScore F1 on the gate set by round" in label and "stress: from" in label for label in labels
-    )
+    assert any("BERTScore F1 on the gate set by round" in label and "stress: from" in label for label in labels)
     assert [v for tag, name, v in parser.attributes if tag == "th" and name == "scope"].count("row") > 10
 
 
@@ -369,12 +363,8 @@ def test_hostile_text_is_only_text():
 
 
 def test_a_private_gate_set_withholds_samples_even_if_given():
-    config = (
-        make_config()
-    )  # a private gate set may be refused by the config's own rules; the report holds anyway
-    private = config.model_copy(
-        update={"evaluation": config.evaluation.model_copy(update={"gate_data": "private"})}
-    )
+    config = make_config()  # a private gate set may be refused by the config's own rules; the report holds anyway
+    private = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"gate_data": "private"})})
     html = build_report(
         make_summary(),
         private,
