@@ -108,6 +108,12 @@ class TrainingConfig(Section):
     )
     learning_rate: float = Field(default=5e-3, gt=0, le=10, description="Adam's step size.")
     weight_decay: float = Field(default=0.0, ge=0, le=1)
+    first_token_weight: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="Share of a sequence's loss on its first target token, the one that says yes or no.",
+    )
     max_target_tokens: int = Field(default=64, ge=4, le=4096, description="Longest response, in tokens.")
     rows_per_unit: Literal["one", "all"] = Field(
         default="one",

@@ -162,6 +162,39 @@ def ledger(
 
 
 @app.command()
+def audit(
+    config: ConfigOption = DEFAULT_CONFIG,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for the audit's own run and report.")] = Path(
+        "runs/audit"
+    ),
+    domain: Annotated[str | None, typer.Option(help="Put canaries in this domain only; default: in every one.")] = None,
+    canaries: Annotated[int, typer.Option(help="Canaries per audited domain, added to its units.")] = 200,
+    confidence: Annotated[float, typer.Option(help="With which all lower bounds hold together.")] = 0.95,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Try to catch the code breaking its promise: train once with canaries, attack, count the ledger again, probe.
+
+    Apart from the released model: own folder, store and ledger. Leaves audit.json and audit.html in the folder.
+
+    Example: **fedmentor audit --config infra/configs/quickstart.yaml --out runs/audit**
+
+    Exit codes: 0 passed, 2 bad input, 3 the audit failed, 1 anything else.
+    """
+    study = _load(config, overrides)
+    from flows.quiet import silence_libraries
+
+    silence_libraries()
+    from flows.auditing import audit_command
+
+    made = audit_command(
+        study, out, domain=domain, n_canaries=canaries, confidence=confidence, as_json=as_json
+    )
+    if not made.passed:
+        raise typer.Exit(3)
+
+
+@app.command()
 def report(
     out: Annotated[Path, typer.Argument(help="A study's output folder.")],
 ) -> None:

@@ -77,7 +77,8 @@ def print_plan(plan: StudyPlan) -> None:
     for d in plan.domains:
         table.add_row(
             d.domain, str(d.n_units), f"{d.sample_rate:.4f}", f"{d.rounds} x {d.steps_per_round}",
-            _number(d.noise_multiplier), f"{d.clip_norm:g}", "-" if d.delta is None else f"{d.delta:.1e}", _number(d.epsilon_budget),
+            _number(d.noise_multiplier), f"{d.clip_norm:g}", "-" if d.delta is None else f"{d.delta:.1e}",
+            _number(d.epsilon_budget),
             _number(d.epsilon_spent_before), _number(d.epsilon_planned_rdp), _number(d.epsilon_planned_prv),
             f"{d.bytes_up_per_round + d.bytes_down_per_round:,}",
         )  # fmt: skip

@@ -2,8 +2,9 @@
 
 Nobody wrote these posts. A post is put together from templates in which every statement has a known truth
 value, so the label follows from the text and the explanation names the evidence. Posts also carry statements
-that do not decide the label: about somebody else, about another time, or about another subject. A reader who
-only counts words is misled by them.
+that do not decide the label: about somebody else, about another time, or about another subject. The wording is
+that of a few dozen templates: a model of word pairs learns the labels from 250 posts, so these corpora show that
+a run works, not how good a method is.
 
 The three corpora stand for three services that would federate:
 

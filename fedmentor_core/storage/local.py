@@ -26,8 +26,11 @@ class LocalStore(ArtifactStore):
     def put_bytes(self, key: str, data: bytes) -> None:
         """See ``ArtifactStore``."""
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
+        except OSError as error:
+            raise StorageError(f"cannot write {key} in {self.url}: {error.strerror}.") from error
         try:
             with os.fdopen(descriptor, "wb") as handle:
                 handle.write(data)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fedmentor_core.adapters.lora import State, adapter_state, trainable_parameters
@@ -99,6 +100,7 @@ def train_locally(
             device=device,
             noise_seed=plan.noise_seed,
         )
+    loss = partial(_weighted_losses, wrapped, config.first_token_weight)
     row_choice = secret_generator() if order_seed is None else torch.Generator().manual_seed(order_seed ^ 0x5EED)
     started = time.monotonic()
     # The backbone has no active dropout (peft's is 0), so train mode changes nothing but satisfies Opacus' check.
@@ -108,9 +110,9 @@ def train_locally(
             rows = pick_rows(units, data.rows_of_unit, config.rows_per_unit, row_choice)
             batches = _microbatches(rows, data, config.microbatch_size, device)
             if private:
-                _private_step(wrapped, optimizer, batches)
+                _private_step(optimizer, batches, loss)
             else:
-                _plain_step(wrapped, optimizer, batches, expected_units)
+                _plain_step(optimizer, batches, loss, expected_units)
             if done == 1 and units:
                 _assert_moved(model, before)
             on_step(done, plan.steps)
@@ -177,23 +179,29 @@ def _stack(groups: Sequence[Sequence[int]], data: TrainingSet, device: str) -> _
     )
 
 
-def _weighted_losses(model: Any, batch: _Microbatch) -> Any:
-    return losses_of(model, batch.input_ids, batch.attention_mask, batch.labels) * batch.row_weight
+Loss = Callable[[_Microbatch], Any]
 
 
-def _private_step(model: Any, optimizer: Any, batches: Iterator[_Microbatch]) -> None:
+def _weighted_losses(model: Any, first_token_weight: float, batch: _Microbatch) -> Any:
+    losses = losses_of(
+        model, batch.input_ids, batch.attention_mask, batch.labels, first_token_weight=first_token_weight
+    )
+    return losses * batch.row_weight
+
+
+def _private_step(optimizer: Any, batches: Iterator[_Microbatch], loss: Loss) -> None:
     from fedmentor_core.privacy.engine import private_step
 
     private_step(
         optimizer,
         ((batch, batch.unit_of_row, batch.n_units) for batch in batches),
-        losses_of=lambda batch: _weighted_losses(model, batch),
+        losses_of=loss,
     )
 
 
-def _plain_step(model: Any, optimizer: Any, batches: Iterator[_Microbatch], expected_units: float) -> None:
+def _plain_step(optimizer: Any, batches: Iterator[_Microbatch], loss: Loss, expected_units: float) -> None:
     for batch in batches:
-        (_weighted_losses(model, batch).sum() / expected_units).backward()
+        (loss(batch).sum() / expected_units).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -5,7 +5,7 @@ from typing import Any
 _PLAIN_HEADS = frozenset({"llama", "qwen2", "qwen3", "mistral", "smollm3"})
 
 
-def losses_of(model: Any, input_ids: Any, attention_mask: Any, labels: Any) -> Any:
+def losses_of(model: Any, input_ids: Any, attention_mask: Any, labels: Any, *, first_token_weight: float = 0.0) -> Any:
     """Mean negative log-likelihood of each sequence's own targets.
 
     A model's built-in loss averages over all tokens of the batch: one example's gradient would then depend on the
@@ -16,6 +16,9 @@ def losses_of(model: Any, input_ids: Any, attention_mask: Any, labels: Any) -> A
         input_ids: (B, T), right padded.
         attention_mask: (B, T).
         labels: (B, T), -100 where nothing is to be learnt.
+        first_token_weight: w in [0, 1); the loss is (1 - w) times the mean over all targets plus w times the loss of
+            the first target, the token that says yes or no. In a long answer that token would otherwise be one in
+            sixty. The weights depend on the sequence alone, so clipping bounds its influence as before.
 
     Returns:
         (B,) losses in fp32; 0 for a sequence without targets.
@@ -33,8 +36,11 @@ def losses_of(model: Any, input_ids: Any, attention_mask: Any, labels: Any) -> A
         logits = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1][wanted]
     losses = functional.cross_entropy(logits.float(), targets[wanted], reduction="none")
     row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(targets)[wanted]
-    summed = torch.zeros(len(labels), device=losses.device).index_add(0, row, losses)
-    return summed / wanted.sum(dim=1).clamp(min=1)
+    weights = (1.0 - first_token_weight) / wanted.sum(dim=1).clamp(min=1)[row]
+    if first_token_weight:
+        is_first = (wanted & (wanted.cumsum(dim=1) == 1))[wanted]
+        weights = weights + first_token_weight * is_first
+    return torch.zeros(len(labels), device=losses.device).index_add(0, row, losses * weights)
 
 
 def _base(model: Any) -> Any:

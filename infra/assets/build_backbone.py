@@ -43,6 +43,7 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from fedmentor_core.data.prompting import build_completion, build_prompt
 
 EOS, BOS, PAD = "</s>", "<s>", "<pad>"
+WINDOW_SEED = 20  # how public text is cut, apart from --seed, so that kept embeddings stay valid
 PEOPLE = ("poster", "writer", "author", "person")
 
 # Themes that the sentence encoder looks for in the public posts: (noun phrase, verb phrase or None).
@@ -341,10 +342,10 @@ class PublicTasks:
 def make_group(pool: dict[str, list[Window]], tasks: PublicTasks, rng: random.Random) -> Group:
     """Return one post with its questions: invented, a public post, or a counsellor's answer."""
     roll = rng.random()
-    if roll < 0.4:
+    if roll < 0.55:
         text, facts = invented_post(rng)
-        return Group(text, [task(facts, rng) for _ in range(rng.choice((2, 3, 4)))], 0.1)
-    if roll < 0.75:
+        return Group(text, [task(facts, rng) for _ in range(rng.choice((3, 4, 5, 6)))], 0.1)
+    if roll < 0.85:
         window = rng.choice(pool["posts"])
         return Group(window.text, [tasks.ask(window, rng) for _ in range(3)], 0.5, window.embedding)
     window = rng.choice(pool["answers"])
@@ -620,7 +621,8 @@ def write_card(
         f"| {post} | {question} | {answer} |" for (post, question), answer in zip(SAMPLES, samples, strict=True)
     )
     options = ("steps", "minutes", "batch_tokens", "lr", "distil", "seed")
-    flags = " ".join(f"--{name.replace('_', '-')} {getattr(arguments, name):g}" for name in options)
+    further = "--start-from PREVIOUS " if arguments.start_from else ""
+    flags = further + " ".join(f"--{name.replace('_', '-')} {getattr(arguments, name):g}" for name in options)
     template = Path(__file__).with_name("backbone_card.md").read_text(encoding="utf-8")
     card = template.format(
         n_parameters=f"{n_parameters:,}",
@@ -637,6 +639,38 @@ def write_card(
         shown=shown,
     )
     (out / "README.md").write_text(card, encoding="utf-8")
+
+
+def fresh_start(
+    pool: dict[str, list[Window]], tasks: PublicTasks, teacher: Teacher, seed: int
+) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
+    """Return a tokenizer trained on the text, and a model whose token embeddings start from the encoder's."""
+    rng = random.Random(seed)
+    groups = [make_group(pool, tasks, rng) for _ in range(6_000)]
+    texts = [window.text for window in pool["posts"] + pool["answers"]] + [
+        f" {q}\nAnswer: {r}" for g in groups for q, r in g.tasks[:1]
+    ]
+    tokenizer = train_tokenizer(texts + [g.post for g in groups if g.embedding is None], 4096)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        attention_dropout=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    start = teacher.token_embeddings([tokenizer.decode([i]) for i in range(len(tokenizer))], config.hidden_size)
+    start = torch.tensor(start * (0.03 / start.std()), dtype=torch.float32)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(start + 0.005 * torch.randn_like(start))
+    return tokenizer, model
 
 
 def main() -> None:
@@ -661,6 +695,7 @@ def main() -> None:
     parser.add_argument("--distil", type=float, default=1.0, help="weight of the distillation; 0 turns it off")
     parser.add_argument("--seed", type=int, default=20, help="seed of data, order and weights")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--start-from", type=Path, help="folder of an earlier build to train further")
     parser.add_argument("--cache", type=Path, help="folder to keep the encoder's embeddings in (reused if it fits)")
     parser.add_argument("--checkpoint", type=Path, help="file to keep the weights in while training")
     arguments = parser.parse_args()
@@ -668,7 +703,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
 
-    training, held_out = read_windows(arguments.data_root / "public" / "counsel_chat.csv", arguments.seed)
+    training, held_out = read_windows(arguments.data_root / "public" / "counsel_chat.csv", WINDOW_SEED)
     teacher = Teacher()
     embed_windows([*training, *held_out], teacher, arguments.cache)
     tasks = PublicTasks(training, teacher)
@@ -676,29 +711,11 @@ def main() -> None:
     seconds = time.time() - started
     print(f"{len(pool['posts'])} posts, {len(pool['answers'])} answers, {len(held_out)} held out; {seconds:.0f} s")
 
-    rng = random.Random(arguments.seed)
-    groups = [make_group(pool, tasks, rng) for _ in range(6_000)]
-    texts = [window.text for window in training] + [f" {q}\nAnswer: {r}" for g in groups for q, r in g.tasks[:1]]
-    tokenizer = train_tokenizer(texts + [g.post for g in groups if g.embedding is None], 4096)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        attention_dropout=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    start = teacher.token_embeddings([tokenizer.decode([i]) for i in range(len(tokenizer))], config.hidden_size)
-    start = torch.tensor(start * (0.03 / start.std()), dtype=torch.float32)
-    with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(start + 0.005 * torch.randn_like(start))
+    if arguments.start_from:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.start_from)
+        model = LlamaForCausalLM.from_pretrained(arguments.start_from, dtype=torch.float32)
+    else:
+        tokenizer, model = fresh_start(pool, tasks, teacher, arguments.seed)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{n_parameters:,} parameters", flush=True)
     seconds, made, seen = train(model, tokenizer, pool, tasks, arguments)

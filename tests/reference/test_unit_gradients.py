@@ -1,5 +1,6 @@
 """The DP path against a slow reference that looks at one unit at a time, with plain autograd."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from fedmentor_core.adapters.lora import attach, trainable_parameters
 from fedmentor_core.config import AdapterConfig, BackboneConfig
 from fedmentor_core.errors import BackboneError, FedMentorError
 from fedmentor_core.privacy.engine import make_private_optimizer, private_model
-from fedmentor_core.training.client import TrainingSet, _microbatches, _private_step, _stack
+from fedmentor_core.training.client import TrainingSet, _microbatches, _private_step, _stack, _weighted_losses
 from fedmentor_core.training.forward import losses_of
 from fedmentor_core.training.sampler import pick_rows
 
 TOLERANCE = 1e-5  # relative L2 distance, fp32
 EXPECTED_UNITS = 5.5
+FIRST = 0.3  # the first target's extra weight
 
 
 class Recorder(torch.optim.SGD):
@@ -66,10 +68,12 @@ def adapted(backbone: Backbone, train: str) -> Any:
     return model
 
 
-def plain_loss(model: Any, ids: list[int], labels: list[int]) -> torch.Tensor:
-    """Mean cross-entropy of one row's targets, from full logits, without padding or neighbours."""
+def plain_loss(model: Any, ids: list[int], labels: list[int], first: float = 0.0) -> torch.Tensor:
+    """Cross-entropy of one row's targets, from full logits, without padding or neighbours."""
     logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
-    return torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), ignore_index=-100)
+    places = [i for i, label in enumerate(labels[1:]) if label != -100]
+    losses = torch.nn.functional.cross_entropy(logits[places], torch.tensor(labels[1:])[places], reduction="none")
+    return (1 - first) * losses.mean() + first * losses[0]
 
 
 def unit_gradients(model: Any, data: TrainingSet, picked: list[tuple[int, int]]) -> list[list[torch.Tensor]]:
@@ -78,7 +82,7 @@ def unit_gradients(model: Any, data: TrainingSet, picked: list[tuple[int, int]])
     found = []
     for unit in sorted({unit for unit, _ in picked}):
         rows = [row for owner, row in picked if owner == unit]
-        loss = sum(plain_loss(model, data.input_ids[row], data.labels[row]) for row in rows) / len(rows)
+        loss = sum(plain_loss(model, data.input_ids[row], data.labels[row], FIRST) for row in rows) / len(rows)
         found.append(list(torch.autograd.grad(loss, parameters)))
     return found
 
@@ -110,7 +114,7 @@ def test_step_equals_the_sum_of_clipped_unit_gradients(
     optimizer = make_private_optimizer(
         recorder, noise_multiplier=0.0, clip_norm=clip, expected_units=EXPECTED_UNITS, device="cpu"
     )
-    _private_step(wrapped, optimizer, _microbatches(picked, data, microbatch, "cpu"))
+    _private_step(optimizer, _microbatches(picked, data, microbatch, "cpu"), partial(_weighted_losses, wrapped, FIRST))
 
     distance = joint_norm([a - b for a, b in zip(recorder.seen, expected, strict=True)])
     assert distance <= TOLERANCE * joint_norm(expected)
@@ -126,7 +130,7 @@ def test_step_takes_no_gradient_over_from_the_one_before(backbone: Backbone, dat
     seen = []
     for units in ([0, 1, 2], [], [0, 1, 2]):
         picked = pick_rows(units, data.rows_of_unit, "all", None)
-        _private_step(wrapped, optimizer, _microbatches(picked, data, 2, "cpu"))
+        _private_step(optimizer, _microbatches(picked, data, 2, "cpu"), partial(_weighted_losses, wrapped, 0.0))
         seen.append(recorder.seen)
     assert joint_norm(seen[1]) == 0
     assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[2], strict=True))
@@ -144,28 +148,33 @@ def test_every_microbatch_holds_whole_units_once(data: TrainingSet) -> None:
             assert len(batch.input_ids) <= limit or batch.n_units == 1
 
 
-def test_loss_is_each_sequences_own_whatever_its_neighbours_and_padding(backbone: Backbone, data: TrainingSet) -> None:
+@pytest.mark.parametrize("first", [0.0, FIRST])
+def test_loss_is_each_sequences_own_whatever_its_neighbours_and_padding(
+    backbone: Backbone, data: TrainingSet, first: float
+) -> None:
     model = adapted(backbone, "both")
     rows = range(len(data.input_ids))
+
+    def check(found: torch.Tensor, expected: torch.Tensor) -> None:
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
     with torch.no_grad():
-        expected = torch.stack([plain_loss(model, data.input_ids[row], data.labels[row]) for row in rows])
-        for group in ([row] for row in rows):
-            batch = _stack([group], data, "cpu")
-            alone = losses_of(model, batch.input_ids, batch.attention_mask, batch.labels)
-            assert torch.allclose(alone, expected[group], rtol=1e-5, atol=1e-6)
+        expected = torch.stack([plain_loss(model, data.input_ids[row], data.labels[row], first) for row in rows])
+        loss = partial(losses_of, model, first_token_weight=first)
+        for row in rows:
+            alone = _stack([[row]], data, "cpu")
+            check(loss(alone.input_ids, alone.attention_mask, alone.labels), expected[[row]])
         batch = _stack([[row] for row in rows], data, "cpu")
-        together = losses_of(model, batch.input_ids, batch.attention_mask, batch.labels)
-        assert torch.allclose(together, expected, rtol=1e-5, atol=1e-6)
-        wider = [torch.nn.functional.pad(t, (0, 9), value=v) for t, v in
-                 ((batch.input_ids, 0), (batch.attention_mask, 0), (batch.labels, -100))]  # fmt: skip
-        assert torch.allclose(losses_of(model, *wider), expected, rtol=1e-5, atol=1e-6)
+        check(loss(batch.input_ids, batch.attention_mask, batch.labels), expected)
+        padded = ((batch.input_ids, 0), (batch.attention_mask, 0), (batch.labels, -100))
+        check(loss(*(torch.nn.functional.pad(tensor, (0, 9), value=value) for tensor, value in padded)), expected)
 
 
 def test_sequence_without_targets_has_no_loss(backbone: Backbone) -> None:
     ids = torch.randint(2, 600, (2, 6))
     labels = torch.full((2, 6), -100)
     labels[1, 3:] = ids[1, 3:]
-    losses = losses_of(adapted(backbone, "b"), ids, torch.ones_like(ids), labels)
+    losses = losses_of(adapted(backbone, "b"), ids, torch.ones_like(ids), labels, first_token_weight=FIRST).detach()
     assert float(losses[0]) == 0
     assert float(losses[1]) > 0
     assert losses.dtype == torch.float32

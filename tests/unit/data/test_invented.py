@@ -75,7 +75,7 @@ def test_no_marks_are_left_in_the_text(corpora):
 
 @pytest.mark.parametrize("corpus", list(CORPORA))
 def test_labels_follow_the_deciding_statement_and_not_the_rest(corpora, corpus):
-    """The same evidence always has the same label, and other words than the evidence hardly predict it."""
+    """The same evidence always has the same label."""
     skeletons: dict[tuple[str, str], set[str]] = {}
     for row in corpora[corpus]:
         evidence = row["response"].split("Reasoning: ")[1].rsplit(",", 1)[0]
