@@ -56,6 +56,11 @@ class AdapterConfig(Section):
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear", description="'all-linear' or names of linear modules, such as [q_proj, v_proj]."
     )
+    last_layers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Adapt only the last k layers: a shorter backward pass and less to noise; default: all.",
+    )
     train: Literal["b", "both"] = Field(default="b", description="'b': FFA-LoRA, averages exactly; 'both': A and B.")
 
     @field_validator("target_modules")
@@ -108,6 +113,10 @@ class TrainingConfig(Section):
     )
     learning_rate: float = Field(default=5e-3, gt=0, le=10, description="Adam's step size.")
     weight_decay: float = Field(default=0.0, ge=0, le=1)
+    autocast: Literal["auto", "none", "bfloat16"] = Field(
+        default="auto",
+        description="Matrix products in bfloat16; 'auto': where the processor has it. Clipping and noise stay in fp32.",
+    )
     first_token_weight: float = Field(
         default=0.5,
         ge=0,

@@ -187,9 +187,7 @@ def audit(
     silence_libraries()
     from flows.auditing import audit_command
 
-    made = audit_command(
-        study, out, domain=domain, n_canaries=canaries, confidence=confidence, as_json=as_json
-    )
+    made = audit_command(study, out, domain=domain, n_canaries=canaries, confidence=confidence, as_json=as_json)
     if not made.passed:
         raise typer.Exit(3)
 

@@ -8,6 +8,7 @@ Shapes: ``...lora_A.weight`` is (rank, d_in), ``...lora_B.weight`` is (d_out, ra
 """
 
 import json
+import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from fedmentor_core.config import AdapterConfig
 from fedmentor_core.errors import BackboneError, IntegrityError
 
 State = dict[str, Any]
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _seeding = threading.Lock()
@@ -35,13 +37,11 @@ def attach(backbone: Backbone, config: AdapterConfig, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     tree = backbone.share()
-    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
-    if not isinstance(targets, str):
-        _check_targets(tree, targets)
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft takes any number
-        target_modules=targets,
+        target_modules=_targets(tree, config),
+        layers_to_transform=_layers(tree, config),
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
@@ -55,6 +55,40 @@ def attach(backbone: Backbone, config: AdapterConfig, seed: int) -> Any:
             parameter.data = parameter.data.float()
         parameter.requires_grad_(is_lora and (config.train == "both" or "lora_B" in name))
     return model
+
+
+def _targets(tree: Any, config: AdapterConfig) -> str | list[str]:
+    """What peft should adapt; 'all-linear' by name where only some layers are adapted, as peft asks."""
+    import torch
+
+    if config.target_modules != "all-linear":
+        names = list(config.target_modules)
+        _check_targets(tree, names)
+        return names
+    if config.last_layers is None:
+        return "all-linear"
+    head = tree.get_output_embeddings()
+    linear = (
+        name for name, module in tree.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+    )
+    return sorted({name.rsplit(".", 1)[-1] for name in linear})
+
+
+def _layers(tree: Any, config: AdapterConfig) -> list[int] | None:
+    """Indices of the adapted layers; None for all.
+
+    Raises:
+        BackboneError: more layers than the backbone has.
+    """
+    if config.last_layers is None:
+        return None
+    n_layers = int(tree.config.num_hidden_layers)
+    if config.last_layers > n_layers:
+        raise BackboneError(
+            f"adapter.last_layers is {config.last_layers} but the backbone has {n_layers} layers. "
+            "Lower it, or leave it out for all."
+        )
+    return list(range(n_layers - config.last_layers, n_layers))
 
 
 def _check_targets(tree: Any, targets: list[str]) -> None:
@@ -148,6 +182,8 @@ def save_adapter_folder(
     folder: Path, state: Mapping[str, Any], config: AdapterConfig, targets: tuple[str, ...]
 ) -> None:
     """Write an adapter in peft's own layout (loads with ``PeftModel.from_pretrained``)."""
+    adapted = sorted({int(match[1]) for name in state if (match := _LAYER.search(name))})
+    layers = adapted if config.last_layers is not None else None
     folder.mkdir(parents=True, exist_ok=True)
     wrapped = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
     (folder / WEIGHTS_FILE).write_bytes(state_to_bytes(wrapped, {"format": "pt"}))
@@ -161,6 +197,7 @@ def save_adapter_folder(
                 "lora_dropout": 0.0,
                 "bias": "none",
                 "target_modules": list(targets),
+                "layers_to_transform": layers,
                 "inference_mode": True,
                 "base_model_name_or_path": None,
             },
@@ -179,7 +216,11 @@ def load_adapter_folder(backbone: Backbone, folder: Path) -> Any:
     """
     raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     config = AdapterConfig(
-        rank=raw["r"], alpha=raw["lora_alpha"], target_modules=tuple(raw["target_modules"]), train="both"
+        rank=raw["r"],
+        alpha=raw["lora_alpha"],
+        target_modules=tuple(raw["target_modules"]),
+        last_layers=len(raw["layers_to_transform"]) if raw.get("layers_to_transform") else None,
+        train="both",
     )
     model = attach(backbone, config, seed=0)
     state = state_from_bytes((folder / WEIGHTS_FILE).read_bytes())

@@ -33,7 +33,7 @@ class Exposure:
 
 
 def auc(scores: Sequence[float] | Floats, included: Sequence[bool] | Bools) -> float:
-    """Chance that a random member scores above a random non-member; a tie counts half. 0.5 where one kind is missing."""
+    """Chance that a random member scores above a random non-member; a tie counts half. 0.5 where one kind lacks."""
     from scipy.stats import rankdata
 
     known = np.asarray(included, dtype=bool)

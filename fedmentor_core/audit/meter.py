@@ -25,14 +25,17 @@ class StepMeter:
 
     Args:
         keep: also keep the gradients themselves (CPU, fp32, one flat vector per step).
+        add: also keep the sum of all gradients (``total``).
         drawn: the number of units drawn so far.
     """
 
-    def __init__(self, *, keep: bool = False, drawn: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, *, keep: bool = False, add: bool = False, drawn: Callable[[], int] = lambda: 0) -> None:
         """Sees nothing until entered."""
         self.steps: list[SeenStep] = []
         self.gradients: list[Any] = []
+        self.total: Any = None
         self._keep = keep
+        self._add = add
         self._drawn = drawn
 
     def __enter__(self) -> Self:
@@ -62,5 +65,7 @@ class StepMeter:
         drawn = self._drawn()
         self.steps.append(SeenStep(float(gradient.double().norm()), gradient.numel(), drawn - self._drawn_before))
         self._drawn_before = drawn
+        if self._add:
+            self.total = gradient.clone() if self.total is None else self.total.add_(gradient)
         if self._keep:
             self.gradients.append(gradient.to("cpu", copy=True))

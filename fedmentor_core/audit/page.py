@@ -10,7 +10,8 @@ from fedmentor_core.audit.records import AuditReport, DomainAudit
 from fedmentor_core.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 
 SHOWS = (
-    "A failed audit is proof of a fault: noise, clipping, sampling or the ledger is not what was claimed. "
+    "A failed audit is strong evidence of a fault: noise, clipping, sampling or the ledger is not what was claimed (a "
+    "false alarm is rarer than one in a million for each exact check, at most one in twenty for the canaries' bound). "
     "A passed audit is no proof of privacy: the guarantee is the theorem behind the ledger, and the audit looks for "
     "code that does not do what the theorem assumes."
 )
@@ -21,6 +22,8 @@ LIMITS = (
     "noise, a clip that does not bound, and sampling above the charged rate, each with a false alarm less than once "
     "in a million. They do not see noise that somebody can predict, or private data that leaves another way than by "
     "the update (logs, metrics, error messages).",
+    "The probes call the training loop themselves. In the run, steps, draws, noise and the length of every step are "
+    "watched; a clip norm that only the call from the round loosens shows there only if gradients exceed it.",
     "The ledger is counted again from what was done in the audit's own run; charges of earlier runs are not counted "
     "again.",
     "Canaries add to a domain's units, so the audited schedule is calibrated for the larger domain. What is audited is "
@@ -80,6 +83,11 @@ def _domain_section(one: DomainAudit, slot: int, confidence: float) -> str:
             f"{one.mia_auc_interval.low:.3f} to {one.mia_auc_interval.high:.3f}; 0.5 is chance",
         ),
         (
+            "AUC with every gradient",
+            f"{one.mia_auc_gradient:.3f}",
+            f"{one.mia_auc_gradient_interval.low:.3f} to {one.mia_auc_gradient_interval.high:.3f}; nobody sees these",
+        ),
+        (
             "TPR at 1 % FPR",
             f"{one.tpr_at_1pct_fpr:.1%}",
             f"{one.tpr_at_1pct_fpr_interval.low:.1%} to {one.tpr_at_1pct_fpr_interval.high:.1%}",
@@ -103,7 +111,8 @@ def _domain_section(one: DomainAudit, slot: int, confidence: float) -> str:
         for check in one.checks
     )
     curve = "".join(
-        f"<tr><th scope='row'>{point.n_guesses}</th><td>{point.n_correct}</td><td>{point.epsilon:.3f}</td></tr>"
+        f'<tr><th scope="row">{point.attack}</th><td>{point.n_guesses}</td><td>{point.n_correct}</td>'
+        f"<td>{point.epsilon:.3f}</td></tr>"
         for point in one.bound_curve
     )
     return f"""<section>
@@ -116,12 +125,13 @@ clip norm {one.clip_norm:g}.</p>
 <thead><tr><th scope="col">check</th><th scope="col">verdict</th><th scope="col" class="text">what was found</th>
 <th scope="col">p</th></tr></thead><tbody>{checks}</tbody></table></div>
 <div class="figures two">
-<figure><figcaption><strong>Telling canaries apart</strong><span>Line: the attack on all that left the site. Dashed:
-the most that ({one.epsilon_claimed:.2f}, {one.delta:.0e})-DP allows, and chance.</span></figcaption>
+<figure><figcaption><strong>Telling canaries apart</strong><span>Line: the attack on all that left the site.
+Dots: on every noised gradient. Dashed: chance, and the most that
+({one.epsilon_claimed:.2f}, {one.delta:.0e})-DP allows.</span></figcaption>
 {roc_chart(one, slot)}</figure>
-<figure><figcaption><strong>Lower bound by number of guesses</strong><span>Fixed in advance; each at a fifth of the
+<figure><figcaption><strong>Lower bound by number of guesses</strong><span>Fixed in advance; each at a tenth of the
 error that {confidence:.0%} leaves to the domain.</span></figcaption>
-<div class="scroll"><table><thead><tr><th scope="col">guesses</th><th scope="col">right</th>
+<div class="scroll"><table><thead><tr><th scope="col">attack</th><th scope="col">guesses</th><th scope="col">right</th>
 <th scope="col">epsilon at least</th></tr></thead><tbody>{curve}</tbody></table></div></figure>
 </div>
 </section>
@@ -146,8 +156,10 @@ def roc_chart(one: DomainAudit, slot: int) -> str:
     bound = [(fpr, allowed_tpr(fpr, one.epsilon_claimed, one.delta)) for fpr in grid]
     parts.append(f'<path class="bound" d="{_path(bound)}"/>')
     parts.append(f'<path class="bound" d="{_path([(0.0, 0.0), (1.0, 1.0)])}"/>')
-    line = [(point.fpr, point.tpr) for point in one.roc]
-    parts.append(f'<g class="c{slot % 6}"><path class="ln" d="{_path(line)}"/></g></svg>')
+    for attack, dash in (("loss", "d0"), ("gradient", "d2")):
+        line = [(point.fpr, point.tpr) for point in one.roc if point.attack == attack]
+        parts.append(f'<g class="c{slot % 6}"><path class="ln {dash}" d="{_path(line)}"/></g>')
+    parts.append("</svg>")
     return "".join(parts)
 
 

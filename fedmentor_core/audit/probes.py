@@ -21,6 +21,7 @@ released pair   the engine's step at the study's own sigma and C, with and      
 Every test's chance of a false alarm is at most ``ALARM``; probes train on canaries only and touch nobody's data.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -79,11 +80,9 @@ class Probe:
             order_seed=0,
             noise_seed=workspace.config.privacy.noise_seed,
         )
-        with StepMeter(keep=True) as meter:
-            try:
-                client.train_locally(model, data, config, round_, device=workspace.backbone.device)
-            except FedMentorError:  # such as "the weights did not move", where there is neither gradient nor noise
-                pass
+        # it raises "the weights did not move" where there is neither gradient nor noise
+        with StepMeter(keep=True) as meter, contextlib.suppress(FedMentorError):
+            client.train_locally(model, data, config, round_, device=workspace.backbone.device)
         return meter
 
 

@@ -1,5 +1,7 @@
 """What an audit reports. Numbers about canaries and public schedules; no text, nobody's data."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from fedmentor_core.audit.probes import AuditCheck
@@ -18,6 +20,7 @@ class Interval(Record):
 class CurvePoint(Record):
     """The lower bound at one number of guesses, fixed in advance."""
 
+    attack: Literal["loss", "gradient"]
     n_guesses: int
     n_correct: int
     epsilon: float
@@ -26,6 +29,7 @@ class CurvePoint(Record):
 class RocPoint(Record):
     """Share of left-out (fpr) and of trained-on (tpr) canaries above a threshold."""
 
+    attack: Literal["loss", "gradient"]
     fpr: float
     tpr: float
 
@@ -49,13 +53,15 @@ class DomainAudit(Record):
     epsilon_recomputed: float = Field(description="Of what was really done, by dp-accounting at the ledger's order.")
     epsilon_recomputed_pld: float = Field(description="The tight epsilon of the same, for comparison.")
     bound_curve: tuple[CurvePoint, ...]
-    mia_auc: float
+    mia_auc: float = Field(description="Of the loss attack on all that left the site; so are TPR and exposure.")
     mia_auc_interval: Interval
     tpr_at_1pct_fpr: float
     tpr_at_1pct_fpr_interval: Interval
     tpr_at_01pct_fpr: float
     tpr_at_01pct_fpr_interval: Interval
     mia_auc_model: float = Field(description="The same attack on the aggregated adapter alone.")
+    mia_auc_gradient: float = Field(description="Of the attack on every noised gradient, which nobody else sees.")
+    mia_auc_gradient_interval: Interval
     exposure_mean: float = Field(description="Bits; about 1.44 for a canary that left no trace.")
     exposure_max: float
     exposure_limit: float

@@ -3,7 +3,8 @@
     canaries   coins by the system's entropy; a unit that lost stays without targets        (``canaries.py``)
     train      assignments -> run_client (policy, filter, charge, DP-SGD, release) -> aggregate -> adapt,
                the functions of ``rounds.py`` and ``client_round.py`` unchanged, watched by a step meter
-    attack     score = how much each round's released updates lowered a canary's loss
+    attack     two scores of each canary: how much the released updates lowered its loss, and how much of its gradient
+               is in the noised gradients                                                   (``attack.py``)
     judge      lower bound against the ledger's epsilon; the ledger against a recount; noise and norm of every
                step that really happened; white-box probes                      (``bound``, ``recount``, ``probes``)
 
@@ -18,14 +19,14 @@ so its store stays at the site (the report has a warning where the data is not i
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedmentor_core import rounds
 from fedmentor_core.audit import membership
+from fedmentor_core.audit.attack import Attack, ClientTrace, gradient_scores, loss_scores
 from fedmentor_core.audit.bound import best_bound, highest_reachable
 from fedmentor_core.audit.canaries import AuditWorkspace, CanarySet, make_canaries
-from fedmentor_core.audit.meter import SeenStep, StepMeter
-from fedmentor_core.audit.probes import ALARM, AuditCheck, padded, run_probes
+from fedmentor_core.audit.meter import StepMeter
+from fedmentor_core.audit.probes import ALARM, AuditCheck, run_probes
 from fedmentor_core.audit.records import AuditReport, CurvePoint, DomainAudit, Interval, RocPoint
 from fedmentor_core.audit.recount import (
     RoundDone,
@@ -37,25 +38,14 @@ from fedmentor_core.audit.recount import (
 from fedmentor_core.config import StorageConfig, StudyConfig
 from fedmentor_core.errors import BudgetError, ConfigError, OutputExistsError
 from fedmentor_core.progress import Listener, ProgressEvent, silent
-from fedmentor_core.records import ArtifactRef, ClientAssignment, ClientUpdate, DomainPlan, EvaluationMetrics, Metrics
+from fedmentor_core.records import ArtifactRef, DomainPlan, EvaluationMetrics, Metrics
 from fedmentor_core.rounds import RoundState
 from fedmentor_core.study import train_with_retries
 from fedmentor_core.study_ref import MARKER, claim_study, find_study
-from fedmentor_core.training.client import TrainingSet
 from fedmentor_core.workspace import client_key
 
 DEFAULT_CANARIES = 200
 CONFIDENCE = 0.95
-_SCORE_BATCH = 32
-
-
-@dataclass(frozen=True, slots=True)
-class ClientTrace:
-    """One client in one round, as it was seen from outside."""
-
-    assignment: ClientAssignment
-    update: ClientUpdate
-    steps: tuple[SeenStep, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +141,10 @@ def train_with_canaries(workspace: AuditWorkspace, listen: Listener = silent) ->
         updates = []
         for assignment in rounds.assignments_for(workspace, state):
             drawn = workspace.draws(assignment.domain)
-            with StepMeter(drawn=lambda drawn=drawn: drawn.total) as meter:  # type: ignore[misc]
+            with StepMeter(add=True, drawn=lambda drawn=drawn: drawn.total) as meter:  # type: ignore[misc]
                 update = train_with_retries(workspace, assignment, listen)
             updates.append(update)
-            seen.append(ClientTrace(assignment, update, tuple(meter.steps)))
+            seen.append(ClientTrace(assignment, update, tuple(meter.steps), meter.total))
         adapter, _ = rounds.aggregate(workspace, state.adapter, updates)
         spent = {plan.domain: workspace.ledger(plan.domain).spent_rdp() for plan in workspace.plan.domains}
         _, noise, below = rounds.adapt(workspace, state, _metrics(workspace, 0.0), _best_comparisons(workspace), spent)
@@ -187,9 +177,13 @@ def judge_domain(workspace: AuditWorkspace, trace: Trace, domain: str, confidenc
     claimed = epsilon_of_ledger(entries)
     history = [round_done(workspace, one) for one in done]
     recomputed = epsilon_rdp_elsewhere([one.spend for one in history], order, delta)
-    scores, model_scores = canary_scores(workspace, trace, domain)
-    best, curve = best_bound(scores, canaries.included, delta, confidence)
-    estimate = membership.auc_estimate(scores, canaries.included)
+    scores, model_scores = loss_scores(workspace, done, trace.final, domain)
+    inner_scores = gradient_scores(workspace, done, plan)
+    each_attack = 1.0 - (1.0 - confidence) / 2  # two attacks share the error
+    by_attack: dict[Attack, list[float]] = {"loss": scores, "gradient": inner_scores}
+    bounds = {attack: best_bound(found, canaries.included, delta, each_attack) for attack, found in by_attack.items()}
+    best = max((bound for bound, _ in bounds.values()), key=lambda point: point.epsilon)
+    estimate, inner = (membership.auc_estimate(found, canaries.included) for found in (scores, inner_scores))
     tpr_1, tpr_01 = (membership.tpr_estimate(scores, canaries.included, fpr) for fpr in (0.01, 0.001))
     exposed = membership.exposure(scores, canaries.included)
     drawn = _canary_draws(workspace, domain)
@@ -214,11 +208,15 @@ def judge_domain(workspace: AuditWorkspace, trace: Trace, domain: str, confidenc
         clip_norm=plan.clip_norm,
         delta=delta,
         epsilon_lower_bound=best.epsilon,
-        epsilon_reachable=highest_reachable(len(canaries), delta, confidence),
+        epsilon_reachable=highest_reachable(len(canaries), delta, each_attack),
         epsilon_claimed=claimed,
         epsilon_recomputed=recomputed,
         epsilon_recomputed_pld=epsilon_pld_elsewhere([one.spend for one in history], delta),
-        bound_curve=tuple(CurvePoint(n_guesses=p.n_guesses, n_correct=p.n_correct, epsilon=p.epsilon) for p in curve),
+        bound_curve=tuple(
+            CurvePoint(attack=attack, n_guesses=p.n_guesses, n_correct=p.n_correct, epsilon=p.epsilon)
+            for attack, (_, curve) in bounds.items()
+            for p in curve
+        ),
         mia_auc=estimate.value,
         mia_auc_interval=_interval(estimate),
         tpr_at_1pct_fpr=tpr_1.value,
@@ -226,60 +224,18 @@ def judge_domain(workspace: AuditWorkspace, trace: Trace, domain: str, confidenc
         tpr_at_01pct_fpr=tpr_01.value,
         tpr_at_01pct_fpr_interval=_interval(tpr_01),
         mia_auc_model=membership.auc(model_scores, canaries.included),
+        mia_auc_gradient=inner.value,
+        mia_auc_gradient_interval=_interval(inner),
         exposure_mean=exposed.mean,
         exposure_max=exposed.highest,
         exposure_limit=exposed.limit,
-        roc=tuple(RocPoint(fpr=fpr, tpr=tpr) for fpr, tpr in membership.roc(scores, canaries.included)),
+        roc=tuple(
+            RocPoint(attack=attack, fpr=fpr, tpr=tpr)
+            for attack, found in by_attack.items()
+            for fpr, tpr in membership.roc(found, canaries.included)
+        ),
         checks=tuple(checks),
     )
-
-
-# --- the attack -----------------------------------------------------------------------------------------------------
-
-
-def canary_scores(workspace: AuditWorkspace, trace: Trace, domain: str) -> tuple[list[float], list[float]]:
-    """How much training lowered each canary's loss: in the site's released updates, and in the final adapter alone.
-
-    The first is the attack of whoever sees all that leaves the site, the server for one: in each round, loss under
-    the global adapter that the client started from minus loss under its update, summed over rounds. The second is
-    that of whoever sees the model only: loss under the untrained backbone minus loss under the final adapter.
-    """
-    data = workspace.canary_set(domain)
-    model = workspace.model_with(workspace.initial_adapter.trained)
-    known: dict[str, list[float]] = {}
-
-    def losses_under(adapter: ArtifactRef) -> list[float]:
-        if adapter.sha256 not in known:
-            from fedmentor_core.adapters.lora import load_state
-
-            load_state(model, workspace.get_adapter(adapter))
-            known[adapter.sha256] = losses(model, data, workspace.backbone.device)
-        return known[adapter.sha256]
-
-    scores = [0.0] * data.n_units
-    for one in trace.of(domain):
-        assert one.update.update is not None
-        before, after = losses_under(one.assignment.global_adapter), losses_under(one.update.update)
-        scores = [score + b - a for score, b, a in zip(scores, before, after, strict=True)]
-    base, tuned = losses_under(workspace.initial_adapter.trained), losses_under(trace.final)
-    return scores, [b - a for b, a in zip(base, tuned, strict=True)]
-
-
-def losses(model: Any, data: TrainingSet, device: str) -> list[float]:
-    """Each row's mean loss over its targets, in batches of similar length."""
-    import torch
-
-    from fedmentor_core.training.forward import losses_of
-
-    model.eval()
-    order = sorted(range(len(data.input_ids)), key=lambda row: len(data.input_ids[row]))
-    found = [0.0] * len(order)
-    with torch.no_grad():
-        for start in range(0, len(order), _SCORE_BATCH):
-            rows = order[start : start + _SCORE_BATCH]
-            for row, loss in zip(rows, losses_of(model, *padded(data, rows, device)).tolist(), strict=True):
-                found[row] = loss
-    return found
 
 
 # --- the checks on the run itself ------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def train_locally(
             device=device,
             noise_seed=plan.noise_seed,
         )
-    loss = partial(_weighted_losses, wrapped, config.first_token_weight)
+    loss = partial(_weighted_losses, wrapped, config.first_token_weight, autocast=uses_bfloat16(config.autocast, device))
     row_choice = secret_generator() if order_seed is None else torch.Generator().manual_seed(order_seed ^ 0x5EED)
     started = time.monotonic()
     # The backbone has no active dropout (peft's is 0), so train mode changes nothing but satisfies Opacus' check.
@@ -182,11 +182,30 @@ def _stack(groups: Sequence[Sequence[int]], data: TrainingSet, device: str) -> _
 Loss = Callable[[_Microbatch], Any]
 
 
-def _weighted_losses(model: Any, first_token_weight: float, batch: _Microbatch) -> Any:
-    losses = losses_of(
-        model, batch.input_ids, batch.attention_mask, batch.labels, first_token_weight=first_token_weight
-    )
+def _weighted_losses(model: Any, first_token_weight: float, batch: _Microbatch, *, autocast: bool = False) -> Any:
+    import torch
+
+    with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=autocast):
+        losses = losses_of(
+            model, batch.input_ids, batch.attention_mask, batch.labels, first_token_weight=first_token_weight
+        )
     return losses * batch.row_weight
+
+
+def uses_bfloat16(autocast: str, device: str) -> bool:
+    """Whether matrix products run in bfloat16: 'auto' says yes where the processor has instructions for it.
+
+    Losses, per-unit gradients, norms, clipping, noise and the adapter itself stay in fp32 (``privacy/engine.py`` folds
+    and clips what the backward pass left, whatever its rounding), so the guarantee does not depend on this.
+    """
+    import torch
+
+    if autocast != "auto":
+        return autocast == "bfloat16"
+    if device == "cpu":
+        supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        return bool(supported())
+    return bool(torch.cuda.is_bf16_supported())
 
 
 def _private_step(optimizer: Any, batches: Iterator[_Microbatch], loss: Loss) -> None:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from opacus.optimizers import DPOptimizer
 
-from fedmentor_core.audit import probes, run
+from fedmentor_core import client_round
+from fedmentor_core.audit import membership, probes, run
+from fedmentor_core.audit.attack import gradient_scores
 from fedmentor_core.audit.bound import best_bound
-from fedmentor_core.audit.canaries import AuditWorkspace, CanarySet, make_canaries
+from fedmentor_core.audit.canaries import make_canaries
 from fedmentor_core.audit.page import allowed_tpr
 from fedmentor_core.audit.probes import Probe
 from fedmentor_core.audit.records import AuditReport, DomainAudit
@@ -22,6 +24,7 @@ from fedmentor_core.audit.run import run_audit
 from fedmentor_core.config import StudyConfig
 from fedmentor_core.errors import ConfigError, OutputExistsError
 from fedmentor_core.privacy import engine
+from fedmentor_core.privacy import filter as filter_module
 from fedmentor_core.privacy.filter import PrivacyAccount
 from fedmentor_core.privacy.ledger import Ledger
 from fedmentor_core.records import PrivacySpend
@@ -29,11 +32,12 @@ from fedmentor_core.training import client, sampler
 from fedmentor_core.workspace import Workspace
 
 N_CANARIES = 24
-RATIONAL = {"noise", "fresh noise", "empty batches", "sensitivity", "released pair"}
+PROBES = {"noise", "fresh noise", "empty batches", "sensitivity", "released pair"}
 
 
 @pytest.fixture(autouse=True)
-def few_threads():
+def few_threads(monkeypatch):
+    monkeypatch.setattr(membership, "N_BOOTSTRAP", 50)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -59,11 +63,36 @@ def audit(study, tmp_path) -> Callable[[], DomainAudit]:
 
 
 @pytest.fixture
-def probe(study, tmp_path) -> Probe:
-    workspace = run._prepare(study, tmp_path / "probe", None, N_CANARIES)
+def audit_without_probes(audit, monkeypatch) -> Callable[[], DomainAudit]:
+    """For faults of the ledger, which no probe looks at."""
+    monkeypatch.setattr(run, "run_probes", lambda *given: [])
+    return audit
+
+
+@pytest.fixture(scope="module")
+def probe(tiny_backbone_folder, tmp_path_factory) -> Probe:
+    """One for all tests of single probes: a sabotage is undone after its test, and probes leave nothing behind."""
+    study = StudyConfig.model_validate(
+        {
+            "name": "probed",
+            "rounds": 2,
+            "backbone": {"name": str(tiny_backbone_folder), "max_length": 160},
+            "adapter": {"rank": 4, "alpha": 8.0},
+            "domains": [
+                {"name": "one", "source": {"kind": "invented", "corpus": "peer_forum", "n_units": 60}, "epsilon": 8.0}
+            ],
+            "training": {"steps_per_round": 2, "batch_size": 8, "microbatch_size": 4, "max_target_tokens": 40},
+            "evaluation": {"gate_data": "public", "max_new_tokens": 8},
+        }
+    )
+    workspace = run._prepare(study, tmp_path_factory.mktemp("probe"), None, N_CANARIES)
     plan = workspace.plan.domains[0]
     assert plan.noise_multiplier is not None
     return Probe(workspace, plan, plan.noise_multiplier)
+
+
+def test_probes_pass_on_the_production_engine(probe):
+    assert all(check.passed for check in probes.run_probes(probe.workspace, probe.plan, probe.noise_multiplier))
 
 
 def failed(audit: DomainAudit) -> set[str]:
@@ -95,7 +124,7 @@ def test_production_path_passes(study, tmp_path):
     assert one.n_canaries == N_CANARIES
     assert 0 < one.n_included < N_CANARIES
     assert one.steps == 4
-    assert {check.name for check in one.checks} > RATIONAL
+    assert {check.name for check in one.checks} > PROBES
     contract = {
         "passed", "epsilon_lower_bound", "epsilon_claimed", "confidence", "mia_auc", "tpr_at_1pct_fpr", "n_canaries",
         "reasons",
@@ -166,12 +195,13 @@ def test_seeded_noise_is_not_private(study, tmp_path):
 # --- sabotage: noise --------------------------------------------------------------------------------------------------
 
 
-def test_noise_off_is_caught(audit, monkeypatch):
-    def without_noise(self):
-        for parameter in self.params:
-            parameter.grad = parameter.summed_grad.view_as(parameter)
+def add_nothing(self):
+    for parameter in self.params:
+        parameter.grad = parameter.summed_grad.view_as(parameter)
 
-    monkeypatch.setattr(DPOptimizer, "add_noise", without_noise)
+
+def test_noise_off_is_caught(audit, monkeypatch):
+    monkeypatch.setattr(DPOptimizer, "add_noise", add_nothing)
     assert {"noise of the run", "noise", "fresh noise", "empty batches"} <= failed(audit())
 
 
@@ -185,6 +215,20 @@ def test_noise_of_the_wrong_size_is_caught(probe, monkeypatch, share):
     sabotage_engine(monkeypatch, noise_multiplier=lambda given: share * given["noise_multiplier"])
     assert not probes.noise_checks(probe)[0].passed
     assert not probes.empty_batches(probe).passed
+
+
+def test_a_call_that_asks_for_less_noise_than_was_charged_is_caught(study, tmp_path, monkeypatch):
+    """The engine is right and the round calls it wrongly: only the steps of the run itself can tell."""
+    original = client_round.LocalRound
+
+    def quieter(**given):
+        return original(**{**given, "noise_multiplier": 0.8 * given["noise_multiplier"]})
+
+    monkeypatch.setattr(client_round, "LocalRound", quieter)
+    workspace = run._prepare(study, tmp_path / "a", None, N_CANARIES)
+    trace = run.train_with_canaries(workspace)
+    noise, _ = run.step_checks(workspace, workspace.plan.domains[0], trace.of("one"))
+    assert not noise.passed
 
 
 def test_noise_from_a_constant_seed_is_caught(probe, monkeypatch):
@@ -282,57 +326,54 @@ def test_the_run_itself_shows_steps_that_are_too_long(study, tmp_path, monkeypat
     ],
     ids=["fewer-steps", "more-noise", "lower-rate"],
 )
-def test_an_under_charging_ledger_is_caught(audit, monkeypatch, change, words):
+def test_an_under_charging_ledger_is_caught(audit_without_probes, monkeypatch, change, words):
     original = Ledger.charge
 
     def cheap(self, account, **given):
         return original(self, account, **{**given, **{name: make(given) for name, make in change.items()}})
 
     monkeypatch.setattr(Ledger, "charge", cheap)
-    made = audit()
+    made = audit_without_probes()
     assert failed(made) == {"ledger"}
     detail = next(check.detail for check in made.checks if check.name == "ledger")
     assert words in detail
     assert made.epsilon_claimed < made.epsilon_recomputed
 
 
-def test_an_accountant_that_halves_the_price_is_caught(audit, monkeypatch):
+def test_an_accountant_that_halves_the_price_is_caught(audit_without_probes, monkeypatch):
     original = PrivacyAccount.charge_of
     monkeypatch.setattr(PrivacyAccount, "charge_of", lambda *given: original(*given) / 2)
-    made = audit()
+    made = audit_without_probes()
     assert failed(made) == {"ledger"}
     assert "by dp-accounting" in next(check.detail for check in made.checks if check.name == "ledger")
 
 
-def test_training_without_a_charge_is_caught(audit, monkeypatch):
+def test_training_without_a_charge_is_caught(audit_without_probes, monkeypatch):
     monkeypatch.setattr(Ledger, "charge", lambda self, account, **given: None)
-    assert failed(audit()) == {"ledger"}
+    assert failed(audit_without_probes()) == {"ledger"}
 
 
-def test_more_steps_than_were_assigned_are_caught(audit, monkeypatch):
+def test_more_steps_than_were_assigned_are_caught(audit_without_probes, monkeypatch):
     original = sampler.poisson_batches
 
     def twice(n_units, sample_rate, steps, seed):
         return original(n_units, sample_rate, 2 * steps, seed)
 
     monkeypatch.setattr(client, "poisson_batches", twice)
-    assert "ledger" in failed(audit())
+    assert "ledger" in failed(audit_without_probes())
 
 
 def test_sampling_above_the_charged_rate_is_caught(study, tmp_path, monkeypatch):
-    longer = study.model_copy(update={"training": study.training.model_copy(update={"steps_per_round": 8})})
     original = sampler.poisson_batches
-    monkeypatch.setattr(client, "poisson_batches", lambda n, rate, steps, seed: original(n, 2 * rate, steps, seed))
-    workspace = run._prepare(longer, tmp_path / "a", None, N_CANARIES)
+    monkeypatch.setattr(client, "poisson_batches", lambda n, rate, steps, seed: original(n, 4 * rate, steps, seed))
+    workspace = run._prepare(study, tmp_path / "a", None, N_CANARIES)
     trace = run.train_with_canaries(workspace)
     check = run.sampling_check(workspace, workspace.plan.domains[0], trace.of("one"), n_attempts=2)
     assert not check.passed
 
 
-def test_a_retry_that_was_charged_twice_is_right(audit, monkeypatch):
-    """A failed attempt costs budget, and the recount knows it was there."""
-    from fedmentor_core import client_round
-
+def test_a_retry_that_was_charged_twice_is_right(audit_without_probes, monkeypatch):
+    """A failed attempt costs budget, and the recount knows that it was there."""
     original, calls = client_round.train_locally, []
 
     def once_broken(*given, **rest):
@@ -343,7 +384,7 @@ def test_a_retry_that_was_charged_twice_is_right(audit, monkeypatch):
         return state
 
     monkeypatch.setattr(client_round, "train_locally", once_broken)
-    made = audit()
+    made = audit_without_probes()
     assert made.passed, failed(made)
     assert made.steps == 6  # two rounds of two, and the attempt that died
 
@@ -351,25 +392,20 @@ def test_a_retry_that_was_charged_twice_is_right(audit, monkeypatch):
 # --- the one-run bound alone --------------------------------------------------------------------------------------------
 
 
-def test_canaries_alone_convict_a_run_without_noise(study, tmp_path, monkeypatch):
-    """Every unit in every second batch and no noise: the lower bound passes a small claim by itself."""
-    loud = study.model_copy(
-        update={
-            "rounds": 1,
-            "training": study.training.model_copy(
-                update={"steps_per_round": 12, "batch_size": 64, "microbatch_size": 64, "learning_rate": 0.02}
-            ),
-            "domains": (study.domains[0].model_copy(update={"epsilon": 0.5}),),
-        }
-    )
-    monkeypatch.setattr(
-        DPOptimizer,
-        "add_noise",
-        lambda self: [setattr(p, "grad", p.summed_grad.view_as(p)) for p in self.params],
-    )
-    workspace = run._prepare(loud, tmp_path / "a", None, 100)
+def test_canaries_alone_convict_a_run_without_noise(tiny_study, tmp_path, monkeypatch):
+    """Few posts beside many canaries, every second unit in a batch, no noise: the bound passes a small claim alone."""
+    tiny_study["rounds"] = 1
+    tiny_study["privacy"] = {"clip_norm": 0.05, "max_noise_multiplier": 200.0}
+    tiny_study["training"] |= {
+        "steps_per_round": 4, "batch_size": 60, "microbatch_size": 64, "learning_rate": 1e-4, "rows_per_unit": "one",
+    }  # fmt: skip
+    tiny_study["domains"] = [tiny_study["domains"][0] | {"epsilon": 0.2}]
+    tiny_study["domains"][0]["source"]["n_units"] = 12
+    monkeypatch.setattr(DPOptimizer, "add_noise", add_nothing)
+    monkeypatch.setattr(filter_module, "choose_order", lambda *given: 60.0)  # any order is valid; finding one is slow
+    workspace = run._prepare(StudyConfig.model_validate(tiny_study), tmp_path / "a", None, 100)
     trace = run.train_with_canaries(workspace)
-    scores, _ = run.canary_scores(workspace, trace, "one")
+    scores = gradient_scores(workspace, trace.of("one"), workspace.plan.domains[0])
     best, _ = best_bound(scores, workspace.canaries["one"].included, 1e-5)
     claimed = workspace.ledger("one").view().epsilon_spent
     assert not run.bound_check(best.epsilon, claimed, 0.95).passed, (best, claimed)
@@ -403,8 +439,6 @@ def test_audit_leaves_no_hook_behind(probe):
     before = dict(module._global_optimizer_pre_hooks)
     probes.noise_checks(probe)
     assert dict(module._global_optimizer_pre_hooks) == before
-    assert isinstance(probe.workspace, AuditWorkspace)
-    assert isinstance(probe.workspace.canaries["one"], CanarySet)
     assert "audit" not in inspect.getsource(client)  # production knows nothing of it
 
 
@@ -439,6 +473,7 @@ def test_command_passes_fails_and_leaves_its_files(tiny_study, tmp_path, capsys,
     assert code == 2
     assert "already holds" in message
 
+    monkeypatch.setattr(run, "run_probes", lambda *given: [])
     code, shown, _ = call("--out", str(tmp_path / "b"), "--set", "privacy.noise_seed=3")
     assert code == 3
     assert "FAILED" in shown
