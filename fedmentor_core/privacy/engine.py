@@ -66,7 +66,11 @@ def make_private_optimizer(
         """Clips whole units: the rows of a unit are summed before the norm is taken."""
 
         def fold(self, unit_of_row: Any, n_units: int) -> None:
-            """Turn per-row gradients into per-unit ones; drop the non-finite.
+            """Turn per-row gradients into per-unit ones; drop the non-finite and what belongs to no unit.
+
+            Args:
+                unit_of_row: (rows,) unit of each row; ``n_units`` marks a filler row.
+                n_units: number of units.
 
             Raises:
                 FedMentorError: a parameter has no gradient, or not one per row.
@@ -78,8 +82,8 @@ def make_private_optimizer(
                         "a trained tensor has no gradient per row: its module does not see one row of the batch at a "
                         "time. Correct adapter.target_modules. Nothing was released."
                     )
-                units = torch.zeros((n_units, *rows.shape[1:]), device=rows.device, dtype=torch.float32)
-                parameter.grad_sample = units.index_add_(0, unit_of_row, rows.float())
+                units = torch.zeros((n_units + 1, *rows.shape[1:]), device=rows.device, dtype=torch.float32)
+                parameter.grad_sample = units.index_add_(0, unit_of_row, rows.float())[:n_units]
             finite = torch.stack([g.flatten(1).isfinite().all(dim=1) for g in self.grad_samples]).all(dim=0)
             if not bool(finite.all()):
                 for parameter in self.params:

@@ -100,7 +100,8 @@ def train_locally(
             device=device,
             noise_seed=plan.noise_seed,
         )
-    loss = partial(_weighted_losses, wrapped, config.first_token_weight, autocast=uses_bfloat16(config.autocast, device))
+    autocast = uses_bfloat16(config.autocast, device)
+    loss = partial(_weighted_losses, wrapped, config.first_token_weight, autocast=autocast)
     row_choice = secret_generator() if order_seed is None else torch.Generator().manual_seed(order_seed ^ 0x5EED)
     started = time.monotonic()
     # The backbone has no active dropout (peft's is 0), so train mode changes nothing but satisfies Opacus' check.
@@ -128,13 +129,16 @@ def train_locally(
     return adapter_state(model, trainable_only=True)
 
 
+_WIDTH_STEP = 32  # tokens
+
+
 @dataclass(frozen=True)
 class _Microbatch:
     input_ids: Any  # (B, T)
     attention_mask: Any  # (B, T)
     labels: Any  # (B, T)
     row_weight: Any  # (B,) 1 / rows of the unit in this batch
-    unit_of_row: Any  # (B,)
+    unit_of_row: Any  # (B,) n_units for a filler row
     n_units: int
 
 
@@ -149,21 +153,28 @@ def _microbatches(
     chunk: list[list[int]] = []
     for group in groups:
         if chunk and sum(map(len, chunk)) + len(group) > max_rows:
-            yield _stack(chunk, data, device)
+            yield _stack(chunk, data, device, n_rows=max_rows)
             chunk = []
         chunk.append(group)
     if chunk:
-        yield _stack(chunk, data, device)
+        yield _stack(chunk, data, device, n_rows=max_rows)
 
 
-def _stack(groups: Sequence[Sequence[int]], data: TrainingSet, device: str) -> _Microbatch:
+def _stack(groups: Sequence[Sequence[int]], data: TrainingSet, device: str, n_rows: int = 0) -> _Microbatch:
+    """Pad rows to a few widths and up to ``n_rows`` with rows that have no target.
+
+    The CPU's matrix library compiles and caches a kernel for every new shape: with a new shape per microbatch that
+    cost half the time and gigabytes of memory. A filler row has no loss, so no gradient; it belongs to no unit.
+    """
     import torch
 
     flat = [row for group in groups for row in group]
-    width = max(len(data.input_ids[row]) for row in flat)
-    input_ids = torch.full((len(flat), width), data.pad_id, dtype=torch.long)
-    labels = torch.full((len(flat), width), -100, dtype=torch.long)
-    mask = torch.zeros((len(flat), width), dtype=torch.long)
+    n_rows = max(n_rows, len(flat))
+    width = -(-max(len(data.input_ids[row]) for row in flat) // _WIDTH_STEP) * _WIDTH_STEP
+    input_ids = torch.full((n_rows, width), data.pad_id, dtype=torch.long)
+    labels = torch.full((n_rows, width), -100, dtype=torch.long)
+    mask = torch.zeros((n_rows, width), dtype=torch.long)
+    mask[len(flat) :, 0] = 1  # a row that may look at nothing would give NaN
     for position, row in enumerate(flat):
         length = len(data.input_ids[row])
         input_ids[position, :length] = torch.tensor(data.input_ids[row])
@@ -173,8 +184,12 @@ def _stack(groups: Sequence[Sequence[int]], data: TrainingSet, device: str) -> _
         input_ids=input_ids.to(device),
         attention_mask=mask.to(device),
         labels=labels.to(device),
-        row_weight=torch.tensor([1.0 / len(group) for group in groups for _ in group], device=device),
-        unit_of_row=torch.tensor([i for i, group in enumerate(groups) for _ in group], device=device),
+        row_weight=torch.tensor(
+            [1.0 / len(group) for group in groups for _ in group] + [0.0] * (n_rows - len(flat)), device=device
+        ),
+        unit_of_row=torch.tensor(
+            [i for i, group in enumerate(groups) for _ in group] + [len(groups)] * (n_rows - len(flat)), device=device
+        ),
         n_units=len(groups),
     )
 

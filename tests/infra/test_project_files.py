@@ -59,7 +59,9 @@ def test_constraints_pin_every_dependency_inside_its_range():
         requirement = Requirement(text)
         version = pins.get(canonicalize_name(requirement.name))
         assert version, f"{requirement.name} is not pinned"
-        assert requirement.specifier.contains(version), f"{requirement.name}=={version} is outside {requirement.specifier}"
+        assert requirement.specifier.contains(version), (
+            f"{requirement.name}=={version} is outside {requirement.specifier}"
+        )
 
 
 def test_the_readme_lists_every_module():
@@ -72,6 +74,13 @@ def test_the_readme_lists_every_module():
 
 def test_no_path_of_one_machine_is_in_the_sources():
     pattern = re.compile(r"(/work/|/root/|/home/\w+/|/opt/wheels)")
-    for path in [*ROOT.glob("*.*"), *(p for d in ("flows", "tasks", "fedmentor_core", "infra") for p in (ROOT / d).rglob("*"))]:
-        if path.is_file() and path.suffix in {".py", ".yaml", ".toml", ".md", ".txt", ".json", ".j2"} and path.stat().st_size < 10**6:
+    for path in [
+        *ROOT.glob("*.*"),
+        *(p for d in ("flows", "tasks", "fedmentor_core", "infra") for p in (ROOT / d).rglob("*")),
+    ]:
+        if (
+            path.is_file()
+            and path.suffix in {".py", ".yaml", ".toml", ".md", ".txt", ".json", ".j2"}
+            and path.stat().st_size < 10**6
+        ):
             assert not pattern.search(path.read_text(encoding="utf-8")), path

@@ -141,10 +141,12 @@ def test_every_microbatch_holds_whole_units_once(data: TrainingSet) -> None:
     for limit in (1, 3, 100):
         batches = list(_microbatches(picked, data, limit, "cpu"))
         assert sum(batch.n_units for batch in batches) == data.n_units
-        assert sum(len(batch.input_ids) for batch in batches) == len(data.input_ids)
+        assert sum(int((batch.unit_of_row < batch.n_units).sum()) for batch in batches) == len(data.input_ids)
         for batch in batches:
-            weight = torch.zeros(batch.n_units).index_add(0, batch.unit_of_row, batch.row_weight)
-            assert torch.allclose(weight, torch.ones(batch.n_units))
+            weight = torch.zeros(batch.n_units + 1).index_add(0, batch.unit_of_row, batch.row_weight)
+            assert torch.allclose(weight[:-1], torch.ones(batch.n_units))
+            assert weight[-1] == 0, "a filler row weighs nothing"
+            assert (batch.labels[batch.unit_of_row == batch.n_units] == -100).all()
             assert len(batch.input_ids) <= limit or batch.n_units == 1
 
 
