@@ -32,9 +32,7 @@ def losses_of(model: Any, input_ids: Any, attention_mask: Any, labels: Any, *, f
     if base.config.model_type in _PLAIN_HEADS:
         hidden = base.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
         head = base.get_output_embeddings()
-        with torch.autocast(
-            hidden.device.type, enabled=False
-        ):  # the number of targets differs each time
+        with torch.autocast(hidden.device.type, enabled=False):  # the number of targets differs each time
             logits = head(hidden[:, :-1][wanted].to(head.weight.dtype))  # (n_targets, V)
     else:
         logits = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1][wanted]
