@@ -258,6 +258,11 @@ class Workspace:
             BackboneError, DataError, ConfigError: what cannot be loaded or does not fit.
             BudgetError: no domain's budget carries the plan.
         """
+        with self._lock:
+            return self._preflight
+
+    @cached_property
+    def _preflight(self) -> StudyPlan:
         plan = self.make_plan()
         if all(domain.refusals for domain in plan.domains):
             raise BudgetError("no domain can train:\n" + "\n".join(f"  {refusal}" for refusal in plan.refusals))

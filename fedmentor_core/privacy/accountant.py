@@ -103,7 +103,8 @@ def rdp_cap(epsilon: float, delta: float, order: float) -> float:
 def choose_order(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
     """The order at which ``steps`` equal steps within (epsilon, delta) need the least noise.
 
-    Depends on public numbers only, so it can be fixed before the first step, as the filter theorem demands.
+    Depends on public numbers only, so it can be fixed before the first step, as the filter theorem demands. Any order
+    is valid; the noise that decides which is best is calibrated over every fifth one, which is five times as fast.
     """
     noise_multiplier = _calibrate(epsilon, delta, sample_rate, steps)
     return min(
@@ -123,8 +124,10 @@ def calibrate_at_order(rdp_budget: float, order: float, sample_rate: float, step
 
 def _calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
     def fits(sigma: float) -> bool:
-        spend = PrivacySpend(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps)
-        return epsilon_rdp([spend], delta) <= epsilon
+        return any(
+            epsilon_at_order(steps * rdp_per_step(sigma, sample_rate, order), order, delta) <= epsilon
+            for order in ORDERS[::5]
+        )
 
     return _bisect(fits, tolerance=1e-3)
 
