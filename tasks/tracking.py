@@ -152,7 +152,9 @@ def _experiment(client: "MlflowClient", name: str, artifact_root: Path | None) -
     if found is None:
         location = None if artifact_root is None else artifact_root.absolute().as_uri()
         try:
-            return client.create_experiment(name, artifact_location=location)
+            # without its kind MLflow opens an experiment on its page for traces, where a study shows nothing
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return client.create_experiment(name, artifact_location=location, tags=kind)
         except MlflowException:  # another process was faster
             found = client.get_experiment_by_name(name)
             if found is None:
