@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 
 from fedmentor_core.adapters.lora import state_to_bytes
-from fedmentor_core.errors import BudgetError, NotFoundError
+from fedmentor_core.errors import BudgetError, DataError, NotFoundError
 from fedmentor_core.hashing import derive_seed
 from fedmentor_core.privacy.filter import PrivacyAccount
 from fedmentor_core.privacy.ledger import Ledger
@@ -46,6 +46,13 @@ def run_client(
     if done is not None:
         return done
     plan = next(plan for plan in workspace.plan.domains if plan.domain == assignment.domain)
+    found = workspace.data[assignment.domain].fingerprint
+    if found != plan.dataset_fingerprint:
+        raise DataError(
+            f"domain {assignment.domain!r}: its data changed since this study was planned (fingerprint {found[:12]}, "
+            f"planned {plan.dataset_fingerprint[:12]}). Nothing was charged or trained. Restore the data, or start "
+            "a new study with another --out."
+        )
     if workspace.config.privacy.mode == "none":
         update, attempt = _train(workspace, assignment, 0, on_step), 0
         return _commit(workspace, assignment, plan, None, update, attempt, started)

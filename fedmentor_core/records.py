@@ -289,7 +289,7 @@ class StudySummary(Record):
     run_id: str
     study: str
     status: Status
-    private: bool = Field(description="False when privacy was off, noise was seeded, or losses were exposed.")
+    private: bool = Field(description="False when privacy was off or noise was seeded.")
     config_sha256: str
     backbone: BackboneSummary
     adapter: AdapterSummary

@@ -1,9 +1,9 @@
-"""What must hold before an update counts, and the seam for aggregation rules."""
+"""What must hold before an update counts, and how updates are weighed."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from fedmentor_core.errors import UpdateRejectedError
 
@@ -17,14 +17,6 @@ class WeightedUpdate:
     domain: str
     weight: float
     state: State
-
-
-class AggregationRule(Protocol):
-    """Joins updates one at a time, so that memory does not grow with their number."""
-
-    def __call__(self, global_state: State, updates: Iterable[WeightedUpdate]) -> dict[str, Any]:
-        """Return the new trained tensors."""
-        ...
 
 
 def check_update(domain: str, state: State, global_state: State, max_update_norm: float) -> None:

@@ -314,3 +314,21 @@ def test_run_without_privacy_charges_nothing_and_says_so(tiny_study: dict, tmp_p
     assert (update.epsilon_spent, update.noise_multiplier, update.delta) == (None, None, None)
     assert raw_entries(workspace) == []
     assert not workspace.config.is_private
+
+
+def test_data_that_changed_since_the_plan_is_refused_before_any_charge(tiny_study, tmp_path):
+    from dataclasses import replace
+
+    from fedmentor_core.client_round import run_client
+    from fedmentor_core.config_io import validate_config
+    from fedmentor_core.errors import DataError
+    from fedmentor_core.rounds import RoundState, assignments_for
+    from fedmentor_core.study_ref import open_study
+    from fedmentor_core.workspace import Workspace
+
+    workspace = Workspace(open_study(validate_config(tiny_study), tmp_path / "out"))
+    assignment = assignments_for(workspace, RoundState.first(workspace))[0]
+    workspace.data[assignment.domain] = replace(workspace.data[assignment.domain], fingerprint="0" * 64)
+    with pytest.raises(DataError, match="changed since this study was planned"):
+        run_client(workspace, assignment)
+    assert workspace.ledger(assignment.domain).entries() == []
