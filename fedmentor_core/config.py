@@ -90,6 +90,19 @@ class DomainConfig(Section):
     min_noise_multiplier: float = Field(
         default=0.3, ge=0, le=100, description="The site's floor: less noise than this is refused, whoever asks."
     )
+    policy_file: str | None = Field(
+        default=None,
+        description="The site's own policy (YAML): budget, least noise, clip norm, sample rate, allowed backbones and "
+        "adapters. It overrides whatever a study asks for. Default: a policy derived from this configuration.",
+    )
+    shares_posts_with: tuple[Name, ...] = Field(
+        default=(),
+        description="Domains outside this study whose accounts hold some of the same posts; acknowledges that such "
+        "posts lose the epsilons of both.",
+    )
+    validation_epsilon: float | None = Field(
+        default=None, gt=0, le=100, description="Overrides evaluation.private.epsilon for this domain."
+    )
 
     @model_validator(mode="after")
     def _one_promise(self) -> Self:
@@ -140,6 +153,22 @@ class PrivacyConfig(Section):
     mode: Literal["dp", "none"] = Field(
         default="dp", description="'none' trains without privacy (a baseline) and marks every output so."
     )
+    level: Literal["unit", "client"] = Field(
+        default="unit",
+        description="What is protected: one privacy unit (a post), or a client's whole dataset (output perturbation, "
+        "which needs many clients and few parameters; the plan says when it cannot work).",
+    )
+    planned_runs: int = Field(
+        default=1,
+        ge=1,
+        le=10_000,
+        description="Runs, such as nights, that each domain's lifetime budget is to carry; a run may spend its share.",
+    )
+    max_composed_epsilon: float | None = Field(
+        default=None,
+        gt=0,
+        description="Refuse a study in which a post that several accounts hold could lose more than this in all.",
+    )
     clip_norm: float = Field(default=1.0, gt=0, le=1e4, description="L2 clip over all adapter tensors jointly.")
     epsilon_by_sensitivity: dict[Sensitivity, float] = Field(
         default={"low": 8.0, "medium": 6.0, "high": 4.0},
@@ -177,8 +206,12 @@ class PrivacyConfig(Section):
 class AdaptationConfig(Section):
     """The paper's rule, made valid: lower a domain's noise only inside what its filter still admits."""
 
-    rule: Literal["paper", "fixed"] = Field(
-        default="paper", description="'paper': lower noise after low utility; 'fixed': never change it."
+    rule: str = Field(
+        default="paper",
+        pattern=r"^[a-z][a-z0-9_-]{0,40}$",
+        description="'paper': lower noise after low utility; 'fixed': never change it; 'decreasing': a schedule "
+        "planned at the start; 'spend-down': a decreasing schedule that low utility brings forward and that leaves "
+        "nothing of the budget unused. Others: one file in fedmentor_core/privacy/rules, or an entry point.",
     )
     metric: Literal["bertscore_f1", "rouge_l", "label_f1"] = Field(
         default="bertscore_f1", description="The gate-set metric that is watched, per domain."
@@ -189,6 +222,12 @@ class AdaptationConfig(Section):
     )
     patience_rounds: int = Field(default=1, ge=1, le=100, description="Rounds below threshold before acting.")
     gamma: float = Field(default=0.95, gt=0, lt=1, description="Noise multiplier is multiplied by this.")
+    final_noise_fraction: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="Planned schedules: the last round's noise multiplier as a share of the first round's.",
+    )
 
 
 class AggregationConfig(Section):
@@ -226,13 +265,24 @@ class ThresholdConfig(Section):
         return self
 
 
+class PrivateGateConfig(Section):
+    """The validation budget: what releasing metrics of private gate and test sets may cost their units.
+
+    Gate, test and training units are disjoint, so each set has a budget of its own and they do not add up.
+    """
+
+    epsilon: float = Field(default=2.0, gt=0, le=100, description="Lifetime budget of each domain's gate or test set.")
+    delta: float | None = Field(default=None, gt=0, lt=0.1, description="Default: min(1e-5, 1 / (10 * units)).")
+
+
 class EvaluationConfig(Section):
     """Generation and scoring on the gate set (steers noise and promotion) and the test set (steers nothing)."""
 
     gate_data: Literal["public", "private"] = Field(
-        description="Whose text the gate and test sets are. 'public': their metrics are free. 'private' would have "
-        "to be noised and charged, which this version refuses. Required: there is no silent third way."
+        description="Whose text the gate and test sets are. 'public': their metrics are free. 'private': they are "
+        "noised and charged to a validation budget. Required: there is no silent third way."
     )
+    private: PrivateGateConfig = PrivateGateConfig()
     max_gate_examples: int = Field(default=24, ge=1, le=100_000, description="Rows per domain, at most.")
     max_test_examples: int = Field(default=48, ge=1, le=100_000, description="Rows per domain, at most.")
     max_new_tokens: int = Field(default=48, ge=1, le=4096)
@@ -270,6 +320,15 @@ class TrackingConfig(Section):
     )
 
 
+class AuditConfig(Section):
+    """An audit as a gate before promotion. It trains on invented text in place of the domains' own."""
+
+    before_promotion: bool = Field(
+        default=False, description="Audit this configuration after the gate passed; promote only when it passes too."
+    )
+    canaries: int = Field(default=200, ge=10, le=100_000, description="Canaries per audited domain.")
+
+
 class ExecutionConfig(Section):
     """How the rounds are run on this machine."""
 
@@ -297,6 +356,7 @@ class StudyConfig(Section):
     evaluation: EvaluationConfig
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
+    audit: AuditConfig = AuditConfig()
     execution: ExecutionConfig = ExecutionConfig()
 
     @model_validator(mode="after")
@@ -324,11 +384,12 @@ class StudyConfig(Section):
 
     def _check_gate(self, names: list[str]) -> None:
         if self.evaluation.gate_data == "private":
-            raise ValueError(
-                "evaluation.gate_data 'private' is refused by this version: metrics of a private gate set would have "
-                "to be noised and charged to a validation budget. Use held-out text that may be published, and say "
-                "'public'"
-            )
+            maxima = [one.metric for one in self.evaluation.thresholds if one.metric == "toxicity_max"]
+            if maxima:
+                raise ValueError(
+                    "evaluation.thresholds: 'toxicity_max' cannot be released from a private gate set, because one "
+                    "record decides it. Use toxicity_mean or safe_rate"
+                )
         wants_reference = self.adaptation.rule == "paper" and self.adaptation.relative_to == "reference"
         for threshold in self.evaluation.thresholds:
             wants_reference |= threshold.relative_to == "reference"

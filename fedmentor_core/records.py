@@ -83,7 +83,10 @@ class ScorerIdentities(Record):
 
 
 class Metrics(Record):
-    """Scores of one set of outputs. All in [0, 1] except a rescaled BERTScore, which may be negative."""
+    """Scores of one set of outputs. All in [0, 1] except a rescaled BERTScore, which may be negative.
+
+    Of a private set they are noised and may leave that range a little.
+    """
 
     bertscore_f1: float
     rouge_l: float
@@ -120,6 +123,9 @@ class DomainEvaluation(Record):
     domain: str
     split: Literal["gate", "test"]
     metrics: Metrics
+    metric_std: float | None = Field(
+        default=None, description="Standard deviation of the noise in each mean; None: a public set, no noise."
+    )
     samples: tuple[Sample, ...] = ()
     scorers: ScorerIdentities
     seconds: float
@@ -191,6 +197,25 @@ class GateSummary(Record):
     results: tuple[ThresholdResult, ...] = ()
 
 
+class NoiseDecision(Record):
+    """What the adaptation rule decided for one domain after a round, with all it looked at (released or public)."""
+
+    domain: str
+    rule: str
+    noise_before: float
+    noise_after: float
+    reason: str
+    metric: str | None = Field(description="None where the rule looks at no metric.")
+    value: float | None
+    value_noised: bool = Field(description="True when the value was noised and charged to a validation budget.")
+    threshold: float | None
+    rounds_below: int
+    spent_rdp: float
+    run_rdp_budget: float = Field(description="RDP at the account's order up to which this run may go.")
+    least_noise: float | None = Field(description="Least noise at which all remaining steps fit; None: none does.")
+    remaining_steps: int
+
+
 class RoundSummary(Record):
     """A round in ``summary.json``; as an object in the store it is the round's commit point."""
 
@@ -199,6 +224,7 @@ class RoundSummary(Record):
     metrics: EvaluationMetrics
     gate: GateSummary
     noise_changes: tuple[NoiseChange, ...]
+    noise_decisions: tuple[NoiseDecision, ...] = ()
     bytes_total: int
     seconds: float
 
@@ -244,6 +270,46 @@ class ModelSummary(Record):
     aliases: tuple[str, ...]
 
 
+class ReductionCost(Record):
+    """What lowering a domain's noise after a round would cost, if the rule lowered it at every chance until then."""
+
+    after_round: int
+    noise_multiplier: float
+    epsilon_at_end: float = Field(description="Lifetime epsilon after the last round at this noise.")
+    epsilon_extra: float = Field(description="Of that, above the planned epsilon.")
+    limited_by: Literal["rule", "floor", "budget"]
+
+
+class ValidationPlan(Record):
+    """What releasing metrics of one private gate or test set will cost its units."""
+
+    account: str = Field(description="Name of the ledger: the domain's, a dot, and the split.")
+    split: Literal["gate", "test"]
+    n_units: int
+    releases: int = Field(description="Planned in this run.")
+    noise_multiplier: float | None = Field(description="On the sum of clipped scores; None when refused.")
+    metric_std: float | None = Field(description="Standard deviation that the noise adds to each mean metric.")
+    epsilon_budget: float
+    delta: float
+    epsilon_spent_before: float
+    epsilon_planned: float | None
+    rdp_order: float | None
+    rdp_budget: float | None
+    run_rdp_budget: float | None
+    dataset_fingerprint: str
+    refusal: str = ""
+
+
+class SharedPosts(Record):
+    """Posts that several accounts hold: what they may lose in all (basic composition: epsilons and deltas add up)."""
+
+    accounts: tuple[str, ...]
+    n_posts: int
+    epsilon_spent: float
+    epsilon_budget: float
+    delta: float
+
+
 class DomainPlan(Record):
     """What one domain was promised and what the schedule will cost it, before any training."""
 
@@ -264,6 +330,18 @@ class DomainPlan(Record):
     rdp_order: float | None
     rdp_budget: float | None
     reserve_fraction: float
+    reserve_epsilon: float | None = Field(default=None, description="Epsilon left at the end when nothing is lowered.")
+    rule: str = ""
+    noise_schedule: tuple[float, ...] = Field(default=(), description="Planned noise multiplier of each round.")
+    reductions: tuple[ReductionCost, ...] = ()
+    planned_runs: int = 1
+    runs_before: int = Field(default=0, description="Earlier runs that charged this account.")
+    run_rdp_budget: float | None = Field(default=None, description="RDP up to which this run may take the account.")
+    privacy_level: Literal["unit", "client"] = "unit"
+    privacy_unit: str = Field(default="post", description="What one unit is: a post, or the named column's.")
+    policy_sha256: str = Field(default="", description="Digest of the site's policy.")
+    validation: tuple[ValidationPlan, ...] = ()
+    warnings: tuple[str, ...] = ()
     dataset_fingerprint: str
     bytes_up_per_round: int
     bytes_down_per_round: int
@@ -277,6 +355,8 @@ class StudyPlan(Record):
     domains: tuple[DomainPlan, ...]
     bytes_per_round: int
     refusals: tuple[str, ...]
+    shared_posts: tuple[SharedPosts, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 Status = Literal["promoted", "held", "budget_exhausted", "failed"]
@@ -327,6 +407,12 @@ class LedgerEntry(Record):
     epsilon_budget: float
     delta: float
     digest: str = Field(default="", description="sha256 of what left the site, for a release.")
+    privacy_level: Literal["unit", "client"] = "unit"
+    privacy_unit: str = ""
+    sensitivity: str = Field(default="", description="From which the budget was derived; empty: given outright.")
+    planned_runs: int = Field(default=1, description="Runs that the lifetime budget is to carry, for a plan.")
+    policy_sha256: str = Field(default="", description="Digest of the site's policy, for a plan.")
+    seeded: bool = Field(default=False, description="True: the noise was seeded, so nothing of this is private.")
     reason: str = ""
     created_at: str
     previous: str = Field(description="sha256 of the previous entry; empty for the first.")

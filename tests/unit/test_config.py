@@ -115,7 +115,13 @@ def test_impossible_value_names_the_field_and_what_is_allowed(
         ({"domains.0.sensitivity": "low"}, "exactly one of 'epsilon' and 'sensitivity'"),
         ({"domains.0.epsilon": None}, "exactly one of 'epsilon' and 'sensitivity'"),
         ({"domains.1.name": "stress"}, "names must differ; repeated: ['stress']"),
-        ({"evaluation.gate_data": "private"}, "would have to be noised and charged"),
+        (
+            {
+                "evaluation.gate_data": "private",
+                "evaluation.thresholds": [{"metric": "toxicity_max", "at_most": 0.5}],
+            },
+            "cannot be released from a private gate set",
+        ),
         ({"evaluation.thresholds": [{"metric": "rouge_l", "at_least": 0.1, "scope": "slep"}]}, "neither 'overall'"),
         (
             {"evaluation.thresholds": [{"metric": "rouge_l", "at_least": 0.9, "relative_to": "reference"}]},
