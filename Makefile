@@ -4,10 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OUT    ?= runs/quickstart
+STACK  ?= runs/stack
 SHELL  := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint format typecheck unit clean
+.PHONY: help install run test lint format typecheck unit up status down clean
 
 help:            ## Show this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -38,6 +39,15 @@ unit: $(STAMP)     ## pytest
 format: $(STAMP)   ## Mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+up: $(STAMP)       ## Start the stack on this machine: Prefect, MLflow, S3, a worker per site (UP="--site a --site b")
+	@$(BIN)/fedmentor up --dir $(STACK) $(UP)
+
+status: $(STAMP)   ## Ask every service of the stack
+	@$(BIN)/fedmentor status --dir $(STACK)
+
+down: $(STAMP)     ## Stop the stack; its data stays
+	@$(BIN)/fedmentor down --dir $(STACK)
 
 clean:           ## Remove the environment and caches; runs/ stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

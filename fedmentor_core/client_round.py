@@ -3,24 +3,29 @@
 Order matters, and survives a crash at any line:
 
     1. a finished update of this round exists  -> hand out the identical noised bytes again (free)
-    2. the site's policy and the filter admit  -> write the charge, before any data is touched
+    2. the site's policy, the fingerprint rule and the filter admit -> write the charge, before any data is touched
     3. train, store the noised update under its attempt
     4. write the release with the update's digest
     5. write ``update.json`` last: the client's commit point
 
-A death before 5 leaves the charge standing. If the release was already written, the same bytes are handed out;
-otherwise the next attempt is charged anew.
+A death before 5 leaves the charge standing. If the release was already written, and its bytes start from the global
+adapter that is asked about, they are handed out; otherwise the next attempt is charged anew.
 """
 
-import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
-from fedmentor_core.adapters.lora import state_to_bytes
+from fedmentor_core.adapters.lora import metadata_from_bytes, state_to_bytes
+from fedmentor_core.data.units import digest_key
 from fedmentor_core.errors import BudgetError, DataError, NotFoundError
 from fedmentor_core.hashing import derive_seed
 from fedmentor_core.privacy.filter import PrivacyAccount
-from fedmentor_core.privacy.ledger import Ledger
+from fedmentor_core.privacy.ledger import Ledger, Terms
+from fedmentor_core.privacy.mechanism import charged_events
+from fedmentor_core.privacy.output import perturb_update
+from fedmentor_core.privacy.policy import policy_refusal
+from fedmentor_core.privacy.shared_posts import join_account, study_accounts, training_claim
 from fedmentor_core.records import ArtifactRef, ClientAssignment, ClientStatus, ClientUpdate, DomainPlan
 from fedmentor_core.training.client import LocalRound, train_locally
 from fedmentor_core.workspace import Workspace, client_key, find_update, update_metadata
@@ -53,18 +58,33 @@ def run_client(
             f"planned {plan.dataset_fingerprint[:12]}). Nothing was charged or trained. Restore the data, or start "
             "a new study with another --out."
         )
+    policy = workspace.policy(assignment.domain)
+    refusal = policy_refusal(
+        policy,
+        plan,
+        assignment,
+        workspace.backbone.sha256,
+        workspace.resolved_adapter,
+        is_private=workspace.config.is_private,
+    )
     if workspace.config.privacy.mode == "none":
+        if refusal is not None:
+            return _rest(assignment, plan, None, 0.0, refusal, started)
         update, attempt = _train(workspace, assignment, 0, on_step), 0
         return _commit(workspace, assignment, plan, None, update, attempt, started)
 
     ledger = workspace.ledger(assignment.domain)
     promised = PrivacyAccount.of(plan)
     if plan.refusals or promised is None:
-        return _rest(assignment, plan, ledger.account(), ledger.spent_rdp(), "; ".join(plan.refusals), started)
+        in_force = ledger.account()
+        if refusal is not None and in_force is not None:  # of an account that was never open nothing is written
+            ledger.refuse(in_force, run_id=assignment.run_id, round_index=assignment.round_index, reason=refusal)
+        return _rest(assignment, plan, in_force, ledger.spent_rdp(), "; ".join(plan.refusals), started)
     account = ledger.open_account(
         promised,
         run_id=assignment.run_id,
         dataset_fingerprint=plan.dataset_fingerprint,
+        terms=replace(Terms.of(plan), policy_sha256=policy.sha256),
         reason=f"study {workspace.config.name}: {plan.rounds} rounds of {plan.steps_per_round} steps",
     )
     recovered = _recover(workspace, ledger, assignment)
@@ -72,12 +92,13 @@ def run_client(
         update, attempt = recovered
         return _commit(workspace, assignment, plan, account, update, attempt, started)
 
-    refusal = policy_refusal(workspace, assignment, plan)
+    refusal = refusal or _sharing_refusal(workspace, plan)
     if refusal is not None:
         ledger.refuse(account, run_id=assignment.run_id, round_index=assignment.round_index, reason=refusal)
         return _rest(assignment, plan, account, ledger.spent_rdp(), refusal, started)
     assert assignment.noise_multiplier is not None
     attempt = ledger.next_attempt(assignment.run_id, assignment.round_index)
+    events = charged_events(workspace.config.privacy.level, assignment.sample_rate, assignment.steps)
     try:
         ledger.charge(
             account,
@@ -86,8 +107,11 @@ def run_client(
             attempt=attempt,
             dataset_fingerprint=plan.dataset_fingerprint,
             noise_multiplier=assignment.noise_multiplier,
-            sample_rate=assignment.sample_rate,
-            steps=assignment.steps,
+            sample_rate=events.sample_rate,
+            steps=events.steps,
+            privacy_level=plan.privacy_level,
+            run_rdp_budget=plan.run_rdp_budget,
+            seeded=workspace.config.privacy.noise_seed is not None,
         )
     except BudgetError as error:
         earlier = f"{attempt} earlier attempt(s) at this round failed and stay charged; " if attempt else ""
@@ -104,21 +128,19 @@ def run_client(
     return _commit(workspace, assignment, plan, account, update, attempt, started)
 
 
-def policy_refusal(workspace: Workspace, assignment: ClientAssignment, plan: DomainPlan) -> str | None:
-    """Why the site's own policy refuses what the server asks, or None.
-
-    The server's wishes are requests: sampling, clip norm and least noise are the site's.
-    """
-    domain = workspace.config.domain(assignment.domain)
-    noise = assignment.noise_multiplier
-    if noise is None or not domain.min_noise_multiplier <= noise < math.inf:
-        return f"noise multiplier {noise} asked for, the site's floor is {domain.min_noise_multiplier:g}"
-    if assignment.sample_rate != plan.sample_rate:
-        return f"sample rate {assignment.sample_rate:g} asked for, the site samples at {plan.sample_rate:g}"
-    if assignment.clip_norm != plan.clip_norm:
-        return f"clip norm {assignment.clip_norm:g} asked for, the site clips at {plan.clip_norm:g}"
-    if not 0 < assignment.steps <= plan.steps_per_round:
-        return f"{assignment.steps} steps asked for, the site plans {plan.steps_per_round} a round"
+def _sharing_refusal(workspace: Workspace, plan: DomainPlan) -> str | None:
+    """Store which posts the account protects, and say why it may not be charged for them, if so."""
+    config = workspace.config
+    try:
+        join_account(
+            workspace.ledger_store,
+            digest_key(config.data.digest_key_variable),
+            training_claim(config, plan, workspace.data[plan.domain]),
+            siblings=study_accounts(workspace.plan),
+            acknowledged=config.domain(plan.domain).shares_posts_with,
+        )
+    except BudgetError as error:
+        return str(error)
     return None
 
 
@@ -127,6 +149,7 @@ def _train(workspace: Workspace, assignment: ClientAssignment, attempt: int, on_
     noise_seed = None
     if config.privacy.noise_seed is not None:
         noise_seed = derive_seed(config.privacy.noise_seed, "noise", assignment.round_index, assignment.domain, attempt)
+    per_client = config.privacy.level == "client" and assignment.noise_multiplier is not None
     model = workspace.model_with(assignment.global_adapter)
     state = train_locally(
         model,
@@ -135,7 +158,7 @@ def _train(workspace: Workspace, assignment: ClientAssignment, attempt: int, on_
         LocalRound(
             sample_rate=assignment.sample_rate,
             steps=assignment.steps,
-            noise_multiplier=assignment.noise_multiplier,
+            noise_multiplier=None if per_client else assignment.noise_multiplier,
             clip_norm=assignment.clip_norm,
             order_seed=derive_seed(config.seed, "order", assignment.round_index, assignment.domain),
             noise_seed=noise_seed,
@@ -143,6 +166,14 @@ def _train(workspace: Workspace, assignment: ClientAssignment, attempt: int, on_
         device=workspace.backbone.device,
         on_step=on_step,
     )
+    if per_client:
+        state = perturb_update(
+            workspace.get_adapter(assignment.global_adapter),
+            state,
+            noise_multiplier=assignment.noise_multiplier or 0.0,
+            clip_norm=assignment.clip_norm,
+            noise_seed=noise_seed,
+        )
     metadata = update_metadata(assignment.run_id, assignment.round_index, assignment.global_adapter.sha256)
     return workspace.store.put(_update_key(workspace, assignment, attempt), state_to_bytes(state, metadata))
 
@@ -161,7 +192,9 @@ def _recover(workspace: Workspace, ledger: Ledger, assignment: ClientAssignment)
             except NotFoundError:
                 return None
             ref = ArtifactRef(key=key, sha256=entry.digest, n_bytes=size)
-            workspace.store.get(ref)  # verified against the ledger's digest
+            said = metadata_from_bytes(workspace.store.get(ref))  # verified against the ledger's digest
+            if said.get("base_sha256") != assignment.global_adapter.sha256:
+                return None  # an update of another global adapter is of no use to this round
             return ref, entry.attempt
     return None
 

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from fedmentor_core.data.sources import DataConfig, Source
+from fedmentor_core.errors import ConfigError
 from fedmentor_core.evaluation.scorers_config import BertScoreConfig, ToxicityConfig
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
@@ -223,11 +224,28 @@ class AdaptationConfig(Section):
     patience_rounds: int = Field(default=1, ge=1, le=100, description="Rounds below threshold before acting.")
     gamma: float = Field(default=0.95, gt=0, lt=1, description="Noise multiplier is multiplied by this.")
     final_noise_fraction: float = Field(
-        default=0.8,
+        default=0.9,
         gt=0,
         le=1,
         description="Planned schedules: the last round's noise multiplier as a share of the first round's.",
     )
+
+    @field_validator("rule")
+    @classmethod
+    def _known_rule(cls, value: str) -> str:
+        from fedmentor_core.privacy.rules import find_rule  # rules are typed with this section
+
+        try:
+            return find_rule(value).name
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def watches_utility(self) -> bool:
+        """Whether the rule looks at ``metric``."""
+        from fedmentor_core.privacy.rules import find_rule
+
+        return find_rule(self.rule).watches_utility
 
 
 class AggregationConfig(Section):
@@ -283,8 +301,12 @@ class EvaluationConfig(Section):
         "noised and charged to a validation budget. Required: there is no silent third way."
     )
     private: PrivateGateConfig = PrivateGateConfig()
-    max_gate_examples: int = Field(default=24, ge=1, le=100_000, description="Rows per domain, at most.")
-    max_test_examples: int = Field(default=48, ge=1, le=100_000, description="Rows per domain, at most.")
+    max_gate_examples: int = Field(
+        default=24, ge=1, le=100_000, description="Rows per domain, at most; of a private set, units."
+    )
+    max_test_examples: int = Field(
+        default=48, ge=1, le=100_000, description="Rows per domain, at most; of a private set, units."
+    )
     max_new_tokens: int = Field(default=48, ge=1, le=4096)
     batch_size: int = Field(default=32, ge=1, le=4096)
     samples_in_report: int = Field(default=3, ge=0, le=50, description="Outputs shown per domain (public gate only).")
@@ -303,9 +325,45 @@ class StorageConfig(Section):
         pattern=r"^(file:///|s3://).+",
         description="file:///path or s3://bucket/prefix; default: the folder 'store' in the output folder.",
     )
-    endpoint_url: str | None = Field(default=None, pattern=r"^https?://.+", description="S3-compatible endpoint.")
+    endpoint_url: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^@]+$",
+        description="S3-compatible endpoint; default: AWS_ENDPOINT_URL, else Amazon's. Holds no credentials.",
+    )
     region: str = Field(default="us-east-1")
     addressing_style: Literal["path", "virtual", "auto"] = Field(default="path")
+    checksum_mode: Literal["when_required", "when_supported"] = Field(
+        default="when_required",
+        description="Extra S3 checksums on each request; 'when_supported' suits Amazon's S3, not every other server.",
+    )
+    deadline_seconds: float = Field(
+        default=120.0,
+        gt=0,
+        le=3600,
+        description="Longest time that a failing S3 request is tried again; each part of a large object has its own.",
+    )
+    connect_timeout_seconds: float = Field(default=5.0, gt=0, le=300)
+    read_timeout_seconds: float = Field(default=30.0, gt=0, le=3600, description="Longest silence of an S3 server.")
+    multipart_threshold_bytes: int = Field(
+        default=64 * 2**20, ge=5 * 2**20, le=5 * 2**30, description="A larger object is uploaded in parts."
+    )
+    multipart_part_bytes: int = Field(default=16 * 2**20, ge=5 * 2**20, le=2**30, description="Size of a part.")
+    server_side_encryption: Literal["AES256", "aws:kms"] | None = Field(
+        default=None, description="Asked of the S3 server for each object; default: the bucket's own setting."
+    )
+    kms_key_id: str | None = Field(default=None, min_length=1, description="Key for 'aws:kms'; default: the account's.")
+    encryption_key_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Encrypt every object before it leaves this machine: a file (mode 0600) with one key of 64 hex "
+        "digits a line. The first encrypts, all decrypt.",
+    )
+
+    @model_validator(mode="after")
+    def _key_of_kms(self) -> Self:
+        if self.kms_key_id is not None and self.server_side_encryption != "aws:kms":
+            raise ValueError("kms_key_id is given, so server_side_encryption must be 'aws:kms'")
+        return self
 
 
 class TrackingConfig(Section):
@@ -379,6 +437,11 @@ class StudyConfig(Section):
                 f"evaluation.max_new_tokens ({self.evaluation.max_new_tokens}) must be below "
                 f"backbone.max_length ({self.backbone.max_length})"
             )
+        if self.audit.before_promotion and self.privacy.level == "client":
+            raise ValueError(
+                "audit.before_promotion: an audit checks what one unit was promised, and privacy.level is 'client'. "
+                "Set it to false, or privacy.level to 'unit'"
+            )
         self._check_gate(names)
         return self
 
@@ -390,7 +453,7 @@ class StudyConfig(Section):
                     "evaluation.thresholds: 'toxicity_max' cannot be released from a private gate set, because one "
                     "record decides it. Use toxicity_mean or safe_rate"
                 )
-        wants_reference = self.adaptation.rule == "paper" and self.adaptation.relative_to == "reference"
+        wants_reference = self.adaptation.watches_utility and self.adaptation.relative_to == "reference"
         for threshold in self.evaluation.thresholds:
             wants_reference |= threshold.relative_to == "reference"
             if threshold.scope not in ("overall", "each", *names):

@@ -24,24 +24,31 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     Raises:
         ConfigError: naming the field, what was got and what is allowed.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(
-            f"config file not found: {path}. Give a YAML file, such as infra/configs/quickstart.yaml."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read as UTF-8 text: {error}.") from None
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not valid YAML: {error}.") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"config file {path} must hold a mapping of sections, got {type(raw).__name__}.")
+    raw = read_mapping(path, "config file", example="infra/configs/quickstart.yaml")
     for override in overrides:
         apply_override(raw, override)
     return validate_config(raw, where=str(path))
+
+
+def read_mapping(path: str | Path, what: str, *, example: str) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+        ConfigError: it is missing, unreadable, not YAML, or no mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{what} not found: {path}. Give a YAML file, such as {example}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what} {path} cannot be read as UTF-8 text: {error}.") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{what} {path} is not valid YAML: {error}.") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{what} {path} must hold a mapping of sections, got {type(raw).__name__}.")
+    return raw
 
 
 def validate_config(raw: dict[str, Any], where: str = "configuration") -> StudyConfig:
@@ -49,7 +56,7 @@ def validate_config(raw: dict[str, Any], where: str = "configuration") -> StudyC
     try:
         return StudyConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{where} is not a valid study:\n" + "\n".join(_explain(error))) from None
+        raise ConfigError(f"{where} is not a valid study:\n" + "\n".join(explain(error, StudyConfig))) from None
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
@@ -93,12 +100,13 @@ def _item(items: list[Any], part: str, key: str) -> Any:
     raise ConfigError(f"--set {key}: no item {part!r}; use a name of {names} or an index below {len(items)}.")
 
 
-def _explain(error: ValidationError) -> Iterable[str]:
+def explain(error: ValidationError, model: type[BaseModel]) -> Iterable[str]:
+    """One line for every problem of something that is not a valid ``model``: field, what is wrong, what was got."""
     for problem in error.errors():
         location = [str(part) for part in problem["loc"]]
         field = ".".join(location) or "(whole file)"
         if problem["type"] == "extra_forbidden":
-            allowed = _fields_at(location[:-1])
+            allowed = _fields_at(model, location[:-1])
             close = difflib.get_close_matches(location[-1], allowed, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             yield f"  {field}: unknown key{hint}" + (f" Allowed here: {', '.join(allowed)}." if allowed else "")
@@ -111,8 +119,8 @@ def _explain(error: ValidationError) -> Iterable[str]:
             yield f"  {field}: {message}{shown}"
 
 
-def _fields_at(location: Sequence[str]) -> list[str]:
-    model: type[BaseModel] | None = StudyConfig
+def _fields_at(root: type[BaseModel], location: Sequence[str]) -> list[str]:
+    model: type[BaseModel] | None = root
     for part in location:
         if model is None or part not in model.model_fields:
             return []

@@ -65,6 +65,10 @@ class AlreadyExistsError(StorageError):
     """Create-if-absent found another object under the same key."""
 
 
+class ConflictError(StorageError):
+    """A pointer that another writer moved meanwhile."""
+
+
 class NotFoundError(StorageError):
     """No object under this key."""
 

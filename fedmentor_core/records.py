@@ -85,7 +85,7 @@ class ScorerIdentities(Record):
 class Metrics(Record):
     """Scores of one set of outputs. All in [0, 1] except a rescaled BERTScore, which may be negative.
 
-    Of a private set they are noised and may leave that range a little.
+    Of a public set they are means over rows. Of a private set they are noised means over units, clipped to [0, 1].
     """
 
     bertscore_f1: float
@@ -95,7 +95,7 @@ class Metrics(Record):
     toxicity_mean: float
     toxicity_max: float | None = Field(description="None where a private gate set forbids releasing a maximum.")
     empty_rate: float
-    n_examples: int
+    n_examples: int = Field(description="Rows; of a private set units, since how many rows they have is private.")
 
 
 class EvaluationMetrics(Metrics):
@@ -407,6 +407,7 @@ class LedgerEntry(Record):
     epsilon_budget: float
     delta: float
     digest: str = Field(default="", description="sha256 of what left the site, for a release.")
+    adapter_sha256: str = Field(default="", description="Whose metrics on a private set this pays for or releases.")
     privacy_level: Literal["unit", "client"] = "unit"
     privacy_unit: str = ""
     sensitivity: str = Field(default="", description="From which the budget was derived; empty: given outright.")

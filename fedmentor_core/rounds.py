@@ -7,25 +7,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedmentor_core.adapters.lora import load_state
+from fedmentor_core.adapters.lora import State, load_state
 from fedmentor_core.aggregation.base import WeightedUpdate, check_update, normalised
 from fedmentor_core.aggregation.fedavg import fedavg
-from fedmentor_core.config import StudyConfig
-from fedmentor_core.errors import BudgetError, FedMentorError, UpdateRejectedError
+from fedmentor_core.errors import FedMentorError, UpdateRejectedError
 from fedmentor_core.evaluation.evaluate import combine, evaluate_domain
-from fedmentor_core.privacy.adaptation import DomainState, count_below, propose
-from fedmentor_core.privacy.filter import PrivacyAccount
+from fedmentor_core.privacy.adaptation import change_of, count_below, decide, threshold_for
+from fedmentor_core.privacy.output import noise_norm
+from fedmentor_core.privacy.validation_plan import SetName
+from fedmentor_core.private_gate import evaluate_privately
 from fedmentor_core.records import (
     ArtifactRef,
     ClientAssignment,
     ClientSummary,
     ClientUpdate,
     DomainEvaluation,
-    DomainPlan,
     EvaluationMetrics,
     GateSummary,
     GateVerdict,
-    NoiseChange,
+    NoiseDecision,
     RoundManifest,
     RoundSummary,
 )
@@ -117,7 +117,7 @@ def aggregate(
     return workspace.put_adapter(fedavg(global_state, stream())), judged
 
 
-def _check(workspace: Workspace, update: ClientUpdate, base: ArtifactRef, global_state: object) -> ClientUpdate:
+def _check(workspace: Workspace, update: ClientUpdate, base: ArtifactRef, global_state: State) -> ClientUpdate:
     if update.status != "trained":
         return update
     try:
@@ -128,12 +128,20 @@ def _check(workspace: Workspace, update: ClientUpdate, base: ArtifactRef, global
         check_update(
             update.domain,
             workspace.get_adapter(update.update),
-            global_state,  # type: ignore[arg-type]
-            workspace.config.aggregation.max_update_norm,
+            global_state,
+            workspace.config.aggregation.max_update_norm + _expected_noise_norm(workspace, update, global_state),
         )
     except FedMentorError as error:
         return update.model_copy(update={"status": "rejected", "reason": str(error)})
     return update
+
+
+def _expected_noise_norm(workspace: Workspace, update: ClientUpdate, global_state: State) -> float:
+    """At client level the honest noise alone may exceed ``max_update_norm``."""
+    if workspace.config.privacy.level == "unit" or update.noise_multiplier is None:
+        return 0.0
+    n_parameters = sum(tensor.numel() for tensor in global_state.values())
+    return 1.1 * noise_norm(update.noise_multiplier, update.clip_norm, n_parameters)
 
 
 def evaluate(
@@ -143,11 +151,17 @@ def evaluate(
     split: str,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> DomainEvaluation:
-    """Evaluate an adapter on one domain's gate or test set. The result is stored and reused by content."""
+    """Evaluate an adapter on one domain's gate or test set. The result is stored and reused by content.
+
+    Metrics of a private set are noised and charged; see ``private_gate.py`` for what that may raise.
+    """
     key = workspace.key(f"evaluations/{adapter.sha256[:24]}/{split}-{domain}.json")
+    name: SetName = "gate" if split == "gate" else "test"
+    if workspace.config.evaluation.gate_data == "private":
+        return evaluate_privately(workspace, adapter, domain, name, key, on_batch)
     if workspace.store.exists(key):
         return DomainEvaluation.model_validate(workspace.store.get_json(key))
-    data = workspace.evaluation_set(domain, "gate" if split == "gate" else "test")
+    data = workspace.evaluation_set(domain, name)
     scorers = workspace.scorers
     with workspace.evaluation_lock:
         model = workspace.evaluation_model
@@ -159,7 +173,7 @@ def evaluate(
             scorers,
             workspace.config.evaluation,
             device=workspace.backbone.device,
-            keep_samples=split == "gate" and workspace.config.evaluation.gate_data == "public",
+            keep_samples=split == "gate",
             on_batch=on_batch,
         )
     workspace.store.put_json(key, result)
@@ -172,89 +186,45 @@ def adapt(
     metrics: EvaluationMetrics,
     comparisons: Comparisons,
     spent_rdp: Mapping[str, float],
-) -> tuple[list[NoiseChange], dict[str, float | None], dict[str, int]]:
-    """After the gate: each domain's next noise multiplier, within what its filter still admits.
+) -> tuple[list[NoiseDecision], dict[str, float | None], dict[str, int]]:
+    """After the gate: each domain's next noise multiplier, by the configured rule and within its bounds.
 
-    Noise falls by the rule in ``privacy/adaptation.py``. It rises only when a charged retry has eaten into what the
-    remaining rounds need.
+    Args:
+        workspace: of the study.
+        state: where the study stood before the round.
+        metrics: of the gate set: public, or noised and charged.
+        comparisons: what a relative threshold refers to.
+        spent_rdp: what each domain's account has spent, at its order.
+
+    Returns:
+        A decision for every domain that trains under privacy, every domain's next noise multiplier, and its count of
+        rounds below the threshold.
     """
     config = workspace.config
-    changes: list[NoiseChange] = []
-    noise = dict(state.noise)
-    below = dict(state.rounds_below)
-    remaining_rounds = config.rounds - state.round_index - 1
+    decisions: list[NoiseDecision] = []
+    noise, below = dict(state.noise), dict(state.rounds_below)
     for plan in workspace.plan.domains:
+        utility = float(getattr(metrics.by_domain[plan.domain], config.adaptation.metric))
+        threshold = threshold_for(config.adaptation, plan.domain, comparisons)
+        below[plan.domain] = count_below(below[plan.domain], utility, threshold)
         current = noise[plan.domain]
-        value = getattr(metrics.by_domain[plan.domain], config.adaptation.metric)
-        threshold = _adaptation_threshold(config, plan.domain, comparisons)
-        below[plan.domain] = count_below(below[plan.domain], value, threshold)
-        account = PrivacyAccount.of(plan)
-        if current is None or remaining_rounds == 0 or account is None:
+        if current is None:
             continue
-        change = _next_noise(
+        decided = decide(
             config,
             plan,
-            account,
-            current,
-            value,
-            threshold,
-            below[plan.domain],
-            spent_rdp[plan.domain],
-            remaining_rounds,
-        )
-        if change is not None:
-            changes.append(change)
-            noise[plan.domain] = change.to
-            below[plan.domain] = 0
-    return changes, noise, below
-
-
-def _next_noise(
-    config: StudyConfig,
-    plan: DomainPlan,
-    account: PrivacyAccount,
-    current: float,
-    value: float,
-    threshold: float,
-    rounds_below: int,
-    spent: float,
-    remaining_rounds: int,
-) -> NoiseChange | None:
-    steps = remaining_rounds * plan.steps_per_round
-    if not account.admits(spent, account.charge_of(current, plan.sample_rate, steps)):
-        try:
-            least = account.least_noise(spent, plan.sample_rate, steps)
-        except BudgetError:
-            return None  # the filter will let the domain rest
-        if least > config.privacy.max_noise_multiplier:
-            return None
-        reason = "a charged retry used budget that the remaining rounds need"
-        return NoiseChange.model_validate({"domain": plan.domain, "from": current, "to": least, "reason": reason})
-    return propose(
-        config.adaptation,
-        account,
-        DomainState(
-            domain=plan.domain,
             noise_multiplier=current,
-            floor=plan.min_noise_multiplier,
-            metric_value=value,
+            spent_rdp=spent_rdp[plan.domain],
+            rounds_left=config.rounds - state.round_index - 1,
+            utility=utility,
             threshold=threshold,
-            rounds_below=rounds_below,
-            spent_rdp=spent,
-            sample_rate=plan.sample_rate,
-            remaining_steps=steps,
-        ),
-    )
-
-
-def _adaptation_threshold(config: StudyConfig, domain: str, comparisons: Comparisons) -> float:
-    rule = config.adaptation
-    if rule.relative_to == "none":
-        return rule.threshold
-    other = comparisons.get(rule.relative_to)
-    if other is None or domain not in other.by_domain:
-        return rule.threshold
-    return rule.threshold * float(getattr(other.by_domain[domain], rule.metric))
+            rounds_below=below[plan.domain],
+        )
+        if decided is not None:
+            decision, below[plan.domain] = decided
+            noise[plan.domain] = decision.noise_after
+            decisions.append(decision)
+    return decisions, noise, below
 
 
 def commit_round(
@@ -273,7 +243,7 @@ def commit_round(
         plan.domain: workspace.ledger(plan.domain).spent_rdp() if plan.rdp_order is not None else 0.0
         for plan in workspace.plan.domains
     }
-    changes, noise, below = adapt(workspace, state, metrics, comparisons, spent)
+    decisions, noise, below = adapt(workspace, state, metrics, comparisons, spent)
     manifest = RoundManifest(
         run_id=workspace.ref.run_id,
         round_index=state.round_index,
@@ -286,7 +256,8 @@ def commit_round(
             ),
             metrics=metrics,
             gate=GateSummary(passed=verdict.passed, reasons=verdict.reasons, results=verdict.results),
-            noise_changes=tuple(changes),
+            noise_changes=tuple(change for change in map(change_of, decisions) if change is not None),
+            noise_decisions=tuple(decisions),
             bytes_total=sum(update.bytes_up + update.bytes_down for update in updates),
             seconds=seconds,
         ),

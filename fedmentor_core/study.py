@@ -11,7 +11,8 @@ from typing import Literal, Protocol
 
 from fedmentor_core import rounds
 from fedmentor_core.client_round import failed_client, run_client
-from fedmentor_core.errors import ConfigError, FedMentorError, LedgerError
+from fedmentor_core.discretion import failure_reason
+from fedmentor_core.errors import ConfigError, LedgerError
 from fedmentor_core.evaluation.evaluate import combine
 from fedmentor_core.evaluation.gate import judge
 from fedmentor_core.progress import Listener, ProgressEvent, silent
@@ -257,11 +258,6 @@ def report_failure(workspace: Workspace, assignment: ClientAssignment, reason: s
     if plan.rdp_order is not None:
         spent = workspace.ledger(assignment.domain).view().epsilon_spent
     return failed_client(assignment, plan, spent, reason)
-
-
-def failure_reason(error: BaseException) -> str:
-    """What may be told about a failure at a site: our own messages, else only the kind (texts may quote data)."""
-    return str(error) if isinstance(error, FedMentorError) else f"failed with {type(error).__name__}"
 
 
 def train_one(workspace: Workspace, assignment: ClientAssignment, listen: Listener) -> ClientUpdate:

@@ -18,10 +18,15 @@ from fedmentor_core.adapters.lora import (
     state_from_bytes,
     state_to_bytes,
 )
+from fedmentor_core.config import AdapterConfig
 from fedmentor_core.errors import BudgetError
 from fedmentor_core.hashing import derive_seed
-from fedmentor_core.privacy.ledger import Ledger
+from fedmentor_core.privacy.ledger import Ledger, Terms
+from fedmentor_core.privacy.output import with_client_level_warning
 from fedmentor_core.privacy.plan import plan_domain
+from fedmentor_core.privacy.policy import SitePolicy, plan_under_policy, policy_of, under_policy
+from fedmentor_core.privacy.refusals import refused
+from fedmentor_core.privacy.shared_posts import with_shared_posts
 from fedmentor_core.records import (
     AdapterSummary,
     ArtifactRef,
@@ -82,14 +87,15 @@ class Workspace:
         return self.store if url is None else self._open(url)
 
     def _open(self, url: str) -> ArtifactStore:
-        storage = self.config.storage
-        return open_store(
-            url, endpoint_url=storage.endpoint_url, region=storage.region, addressing_style=storage.addressing_style
-        )
+        return open_store(url, self.config.storage)
 
     def ledger(self, domain: str) -> Ledger:
         """A domain's privacy account."""
         return Ledger(self.ledger_store, domain)
+
+    def policy(self, domain: str) -> SitePolicy:
+        """The domain's own policy as it is now: a file is read anew each time, for the site may change it any day."""
+        return policy_of(self.config, self.config.domain(domain))
 
     def key(self, path: str) -> str:
         """Store key of something that belongs to this run."""
@@ -136,6 +142,12 @@ class Workspace:
         frozen = {n: t for n, t in adapter_state(model, trainable_only=False).items() if n not in trained}
         return trained, frozen, resolved_targets(model)
 
+    @property
+    def resolved_adapter(self) -> AdapterConfig:
+        """The adapter's configuration with its target modules by name."""
+        with self._lock:
+            return self.config.adapter.model_copy(update={"target_modules": self._initial_states[2]})
+
     def put_adapter(self, state: State) -> ArtifactRef:
         """Store trained tensors under their own digest."""
         from fedmentor_core.hashing import sha256_bytes
@@ -171,7 +183,7 @@ class Workspace:
 
     @cached_property
     def _scorers(self) -> Any:
-        from fedmentor_core.evaluation.evaluate import Scorers
+        from fedmentor_core.evaluation.scores import Scorers
 
         return Scorers.load(self.config.evaluation)
 
@@ -211,20 +223,28 @@ class Workspace:
             return self._training_sets[domain]
 
     def evaluation_set(self, domain: str, split: Literal["gate", "test"]) -> Any:
-        """A domain's capped gate or test rows; which rows depends on the data seed alone."""
+        """A domain's capped gate or test rows; which rows depends on the data seed alone.
+
+        Of a private set whole units are chosen, with all their rows.
+        """
         import random
 
         from fedmentor_core.data.encode import encode_prompts
-        from fedmentor_core.evaluation.evaluate import EvaluationSet
+        from fedmentor_core.evaluation.scores import EvaluationSet
+        from fedmentor_core.privacy.validation_plan import evaluated_units
 
         evaluation = self.config.evaluation
-        limit = evaluation.max_gate_examples if split == "gate" else evaluation.max_test_examples
         table = getattr(self.data[domain], split)
-        chosen = sorted(
-            random.Random(derive_seed(self.config.data.split_seed, split, domain)).sample(
-                range(len(table)), min(limit, len(table))
+        if evaluation.gate_data == "private":
+            units = evaluated_units(self.config, domain, split, self.data[domain])
+            chosen = [index for index, unit in enumerate(table["unit_id"][:]) if unit in units]
+        else:
+            limit = evaluation.max_gate_examples if split == "gate" else evaluation.max_test_examples
+            chosen = sorted(
+                random.Random(derive_seed(self.config.data.split_seed, split, domain)).sample(
+                    range(len(table)), min(limit, len(table))
+                )
             )
-        )
         rows = [table[index] for index in chosen]
         prompts = encode_prompts(
             self.backbone.tokenizer,
@@ -256,7 +276,7 @@ class Workspace:
 
         Raises:
             BackboneError, DataError, ConfigError: what cannot be loaded or does not fit.
-            BudgetError: no domain's budget carries the plan.
+            BudgetError: no domain's budget carries the plan, or a private gate or test set's does not.
         """
         with self._lock:
             return self._preflight
@@ -266,34 +286,49 @@ class Workspace:
         plan = self.make_plan()
         if all(domain.refusals for domain in plan.domains):
             raise BudgetError("no domain can train:\n" + "\n".join(f"  {refusal}" for refusal in plan.refusals))
+        unjudged = [one.refusal for domain in plan.domains for one in domain.validation if one.refusal]
+        if unjudged:
+            raise BudgetError("the gate cannot be judged:\n" + "\n".join(f"  {refusal}" for refusal in unjudged))
         return plan
 
     def make_plan(self) -> StudyPlan:
         """Plan from public numbers and the ledgers. Writes nothing."""
+        from fedmentor_core.privacy.validation_plan import check_disjoint_units, with_validation
+
+        if self.config.evaluation.gate_data == "private":
+            check_disjoint_units(self.data)
         trained, _, _ = self._initial_states
+        n_trainable = sum(tensor.numel() for tensor in trained.values())
         bytes_down = len(state_to_bytes(trained))
         bytes_up = len(state_to_bytes(trained, update_metadata(self.ref.run_id, 0, "0" * 64)))
         domains = []
         for domain in self.config.domains:
             data = self.data[domain.name]
             ledger = self.ledger(domain.name)
-            domains.append(
-                plan_domain(
-                    self.config,
-                    domain,
-                    n_units=data.n_units["train"],
-                    dataset_fingerprint=data.fingerprint,
-                    bytes_up=bytes_up,
-                    bytes_down=bytes_down,
-                    account_in_force=ledger.account(),
-                    spent_rdp=ledger.spent_rdp(),
-                )
+            policy = self.policy(domain.name)
+            plan = plan_domain(
+                self.config,
+                under_policy(domain, policy),
+                n_units=data.n_units["train"],
+                dataset_fingerprint=data.fingerprint,
+                bytes_up=bytes_up,
+                bytes_down=bytes_down,
+                account_in_force=ledger.account(),
+                spent_rdp=ledger.spent_rdp(),
+                runs_before=ledger.runs_charged(besides=self.ref.run_id),
             )
-        return StudyPlan(
+            plan = with_validation(plan, self.config, self.data, self.ledger, self.ref.run_id)
+            plan = plan_under_policy(plan, policy, self.config, self.backbone.sha256, self.resolved_adapter)
+            plan = with_client_level_warning(plan, n_trainable, len(self.config.domains))
+            other_terms = ledger.terms_refusal(Terms.of(plan))
+            domains.append(plan if other_terms is None else refused(plan, other_terms))
+        made = StudyPlan(
             domains=tuple(domains),
             bytes_per_round=sum(d.bytes_up_per_round + d.bytes_down_per_round for d in domains),
-            refusals=tuple(refusal for domain in domains for refusal in domain.refusals),
+            refusals=tuple(refusal for domain in domains for refusal in domain.refusals)
+            + tuple(one.refusal for domain in domains for one in domain.validation if one.refusal),
         )
+        return with_shared_posts(made, self.config, self.data, self.ledger_store)
 
     def backbone_summary(self) -> BackboneSummary:
         """The backbone's line in ``summary.json``."""

@@ -1,22 +1,30 @@
 """``fedmentor audit``: run the core's audit with progress, leave audit.json and audit.html, say the verdict."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from fedmentor_core.audit.page import SHOWS, build_page
+from fedmentor_core.audit.page import SHOWS
 from fedmentor_core.audit.records import AuditReport
 from fedmentor_core.audit.run import run_audit
+from fedmentor_core.audit.verdict import PAGE_FILE, write_audit
 from fedmentor_core.config import StudyConfig
-from flows.outputs import write_text
+from fedmentor_core.errors import ConfigError
 from flows.progress_view import make_listener
-
-REPORT_FILE, PAGE_FILE = "audit.json", "audit.html"
 
 
 def audit_command(
-    config: StudyConfig, out: Path, *, domain: str | None, n_canaries: int, confidence: float, as_json: bool
+    config: StudyConfig,
+    out: Path,
+    *,
+    domain: str | None = None,
+    n_canaries: int | None = None,
+    confidence: float,
+    units: Mapping[str, int] | None = None,
+    own_data: bool = False,
+    as_json: bool = False,
 ) -> AuditReport:
     """Audit, write both files and print the verdict.
 
@@ -24,14 +32,40 @@ def audit_command(
         ConfigError, OutputExistsError, BudgetError: see ``run_audit``.
     """
     with make_listener("quiet" if as_json else "auto", Console(stderr=True)) as listener:
-        report = run_audit(config, out, domain=domain, n_canaries=n_canaries, confidence=confidence, listen=listener)
-    write_text(out / PAGE_FILE, build_page(report))
-    write_text(out / REPORT_FILE, report.model_dump_json(indent=2) + "\n")
+        report = run_audit(
+            config,
+            out,
+            domain=domain,
+            n_canaries=n_canaries,
+            confidence=confidence,
+            units=units,
+            own_data=own_data,
+            listen=listener,
+        )
+    write_audit(report, out)
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
         print_audit(report, out)
     return report
+
+
+def units_of(config: StudyConfig, given: Sequence[str]) -> dict[str, int] | None:
+    """Read ``--units``: one number for every domain, or NAME=N for each; None when none is given.
+
+    Raises:
+        ConfigError: not a number, or a name given twice.
+    """
+    found: dict[str, int] = {}
+    for text in given:
+        name, separator, number = text.rpartition("=")
+        names = [name] if separator else [domain.name for domain in config.domains]
+        if not number.isdigit() or any(one in found for one in names):
+            raise ConfigError(
+                f"--units: got {text!r}; allowed: one number for every domain, such as 500, or NAME=500 once for each."
+            )
+        found |= dict.fromkeys(names, int(number))
+    return found or None
 
 
 def print_audit(report: AuditReport, out: Path) -> None:
@@ -66,5 +100,6 @@ def print_audit(report: AuditReport, out: Path) -> None:
         console.print(f"  failed: {reason}", style="red", markup=False)
     for warning in report.warnings:
         console.print(f"  warning: {warning}", style="yellow", markup=False)
+    console.print(report.cost, markup=False)
     console.print(SHOWS, markup=False)
     print(f"Report: {(out / PAGE_FILE).resolve()}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedmentor_core import __version__
+from fedmentor_core.discretion import WithheldError, failure_reason, places_of, texts_withheld
 from fedmentor_core.errors import ConfigError, FedMentorError
 
 if TYPE_CHECKING:
@@ -41,10 +42,16 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 def main() -> None:
     """Entry point: our own errors become one message and an exit code, never a traceback."""
     try:
-        app(standalone_mode=True)
+        with texts_withheld():
+            app(standalone_mode=True)
     except FedMentorError as error:
-        print(f"fedmentor: {error}", file=sys.stderr)
+        hint = "; its text is withheld, because it may quote data. Where it was raised is in the folder's run.log."
+        print(f"fedmentor: {error}{hint if isinstance(error, WithheldError) else ''}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        print(f"fedmentor: {failure_reason(error)}; its text is withheld, because it may quote data. Raised at:\n"
+              f"{places_of(error)}", file=sys.stderr)  # fmt: skip
+        sys.exit(1)
 
 
 @app.callback(invoke_without_command=True)
@@ -137,11 +144,13 @@ def ledger(
     domain: Annotated[str | None, typer.Option(help="Only this domain.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show and verify the privacy ledgers: how much of each domain's budget is gone, over every run.
+    """Show and verify the privacy ledgers: how much of each domain's budget is gone, and how much is left for tonight.
 
     Example: **fedmentor ledger --out runs/quickstart**
+
+    Exit codes: 0 every chain is verified, 2 bad input, 3 a chain is broken (the others are still shown).
     """
-    from fedmentor_core.privacy.ledger import Ledger, ledger_domains
+    from fedmentor_core.privacy.ledger_report import read_ledgers
     from fedmentor_core.storage.base import open_store
 
     if (store is None) == (out is None):
@@ -150,15 +159,15 @@ def ledger(
         if not (out / "store").is_dir():
             raise ConfigError(f"{out} holds no store. Give a study's output folder, or --store URL.")
         store = (out.resolve() / "store").as_uri()
-    opened = open_store(str(store))
-    names = [domain] if domain else list(ledger_domains(opened))
-    views = [Ledger(opened, name).view() for name in names]
+    found = read_ledgers(open_store(str(store)), [domain] if domain else [])
     if as_json:
-        print(json.dumps({"verified": True, "domains": [view.model_dump(mode="json") for view in views]}, indent=2))
-        return
-    from flows.result_view import print_ledger
+        print(found.model_dump_json(indent=2))
+    else:
+        from flows.result_view import print_ledger
 
-    print_ledger(views)
+        print_ledger(found)
+    if not found.verified:
+        raise typer.Exit(3)
 
 
 @app.command()
@@ -168,26 +177,43 @@ def audit(
         "runs/audit"
     ),
     domain: Annotated[str | None, typer.Option(help="Put canaries in this domain only; default: in every one.")] = None,
-    canaries: Annotated[int, typer.Option(help="Canaries per audited domain, added to its units.")] = 200,
+    canaries: Annotated[int | None, typer.Option(help="Canaries per audited domain; default: audit.canaries.")] = None,
     confidence: Annotated[float, typer.Option(help="With which all lower bounds hold together.")] = 0.95,
+    units: Annotated[
+        list[str] | None,
+        typer.Option(metavar="N or NAME=N", help="Training units of each domain; default: counted in its data."),
+    ] = None,
+    with_own_data: Annotated[
+        bool, typer.Option(help="Train on the domains' own posts, charged to the accounts at privacy.ledger_url.")
+    ] = False,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Try to catch the code breaking its promise: train once with canaries, attack, count the ledger again, probe.
 
-    Apart from the released model: own folder, store and ledger. Leaves audit.json and audit.html in the folder.
+    Apart from the released model, and on invented posts, so that it costs nobody any budget: with --units it reads no
+    data at all. Leaves audit.json and audit.html in the folder.
 
     Example: **fedmentor audit --config infra/configs/quickstart.yaml --out runs/audit**
 
-    Exit codes: 0 passed, 2 bad input, 3 the audit failed, 1 anything else.
+    Exit codes: 0 passed, 2 bad input, 3 the audit failed or the budget said no, 1 anything else.
     """
     study = _load(config, overrides)
     from flows.quiet import silence_libraries
 
     silence_libraries()
-    from flows.auditing import audit_command
+    from flows.auditing import audit_command, units_of
 
-    made = audit_command(study, out, domain=domain, n_canaries=canaries, confidence=confidence, as_json=as_json)
+    made = audit_command(
+        study,
+        out,
+        domain=domain,
+        n_canaries=canaries,
+        confidence=confidence,
+        units=units_of(study, units or []),
+        own_data=with_own_data,
+        as_json=as_json,
+    )
     if not made.passed:
         raise typer.Exit(3)
 
@@ -262,17 +288,22 @@ def promote(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A study's output folder.")] = None,
     tracking_uri: Annotated[str | None, typer.Option(help="Or MLflow's tracking URI.")] = None,
     reason: Annotated[str, typer.Option(help="Recorded with the version.")] = "by hand",
+    audit: Annotated[
+        Path | None, typer.Option(help="audit.json, or its folder: promote only if it passed on this mechanism.")
+    ] = None,
 ) -> None:
     """Make a version champion by hand.
 
-    Example: **fedmentor promote 2 --out runs/quickstart --reason "reviewed"**
+    Example: **fedmentor promote 2 --out runs/quickstart --audit runs/audit --reason "reviewed"**
+
+    Exit codes: 0 promoted, 2 bad input, 3 its gate or its audit says no, 1 anything else.
     """
     from flows.quiet import silence_libraries
 
     silence_libraries()
-    from tasks.registry import promote as promote_version
+    from flows.promote import promote_command
 
-    made = promote_version(_tracking_uri(out, tracking_uri), name, version, reason=reason)
+    made = promote_command(_tracking_uri(out, tracking_uri), name, version, reason=reason, audit=audit)
     print(f"{made.name} version {made.version} is now {', '.join(made.aliases)}")
 
 
@@ -337,6 +368,80 @@ def data_fetch(
     from flows.fetching import fetch_with_progress
 
     fetch_with_progress(name, destination, base_url)
+
+
+STACK_DIR = Path("runs/stack")
+StackDirOption = Annotated[Path, typer.Option("--dir", "-d", help="The stack's folder: state, logs and data.")]
+
+
+@app.command()
+def up(
+    directory: StackDirOption = STACK_DIR,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Stack settings (YAML), such as infra/stack/stack.yaml.")
+    ] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[=DATA]", help="A site with its own worker, and its data folder. Repeatable."),
+    ] = None,
+    prefect_port: Annotated[int | None, typer.Option(help="Default 4200.")] = None,
+    mlflow_port: Annotated[int | None, typer.Option(help="Default 5000.")] = None,
+    s3_port: Annotated[int | None, typer.Option(help="Default 9000. The S3 server is for trying: it forgets.")] = None,
+    s3_endpoint: Annotated[str | None, typer.Option(help="Use this S3-compatible server; start none.")] = None,
+    database: Annotated[str | None, typer.Option(help="sqlite (default) or postgresql.")] = None,
+    postgres_url: Annotated[
+        str | None, typer.Option(help="postgresql://USER@HOST:PORT/postgres; better: FEDMENTOR_POSTGRES_URL.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds for each service to answer; default 240.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start Prefect, MLflow, an S3-compatible server and one worker per site on this machine, and deploy.
+
+    Everything listens on 127.0.0.1 only. Run again, it leaves alone what works and mends what does not; settings that
+    are not given stay as they were.
+
+    Example: **fedmentor up --site site-a=data/a --site site-b=data/b**
+    """
+    from flows.stack.commands import up_command
+
+    options = {
+        "prefect_port": prefect_port,
+        "mlflow_port": mlflow_port,
+        "s3_port": s3_port,
+        "s3_endpoint": s3_endpoint,
+        "database": database,
+        "start_timeout_seconds": timeout,
+    }
+    made = up_command(
+        directory, config=config, sites=site or [], options=options, postgres=postgres_url, as_json=as_json
+    )
+    if not made.healthy:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(directory: StackDirOption = STACK_DIR, as_json: JsonOption = False) -> None:
+    """Ask every service of the stack whether it works; list workers and deployments.
+
+    Example: **fedmentor status --json**
+
+    Exit codes: 0 everything is healthy, 1 something is not, or nothing is up.
+    """
+    from flows.stack.commands import status_command
+
+    if not status_command(directory, as_json=as_json).healthy:
+        raise typer.Exit(1)
+
+
+@app.command()
+def down(directory: StackDirOption = STACK_DIR) -> None:
+    """Stop everything that **up** started, children included. Data and logs stay.
+
+    Example: **fedmentor down**
+    """
+    from flows.stack.commands import down_command
+
+    down_command(directory)
 
 
 def _load(config: Path, overrides: list[str] | None) -> "StudyConfig":

@@ -12,6 +12,7 @@ from prefect import flow, unmapped
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from fedmentor_core.config import StudyConfig
+from fedmentor_core.discretion import discreet, failure_reason
 from fedmentor_core.errors import LedgerError
 from fedmentor_core.records import (
     ArtifactRef,
@@ -24,12 +25,13 @@ from fedmentor_core.records import (
     RoundManifest,
     StudySummary,
 )
-from fedmentor_core.study import SetName, failure_reason, report_failure, run_study
+from fedmentor_core.study import SetName, report_failure, run_study
 from fedmentor_core.study_ref import StudyRef, open_study
 from fedmentor_core.workspace import Workspace, workspace_of
 from flows.outputs import write_outputs
 from tasks import reporting
 from tasks.aggregation import aggregate
+from tasks.auditing import audit_is_due, audit_study, objections
 from tasks.client_training import train_client
 from tasks.evaluation import evaluate_domain, gate
 from tasks.listening import InterruptedByUserError, tell
@@ -46,15 +48,21 @@ class PrefectEngine:
         self.workspace = workspace
         self.tracker = tracker
         self.progress_id = progress_id
-        self.model: ModelSummary | None = None
+        self.warnings: tuple[str, ...] = ()
 
     def in_round(self, round_index: int, body: Callable[[], RoundManifest]) -> RoundManifest:
         """A round is a sub-flow, so that it shows as one in the UI."""
         runner: Any = ThreadPoolTaskRunner(max_workers=self.ref.config.execution.max_parallel_clients)
 
-        @flow(name="round", flow_run_name="round {round_index}", task_runner=runner, persist_result=False)
+        @flow(
+            name="round",
+            flow_run_name="round {round_index}",
+            task_runner=runner,
+            persist_result=False,
+            log_prints=False,
+        )
         def federated_round(round_index: int) -> RoundManifest:
-            return body()
+            return discreet(body)()
 
         return federated_round(round_index)
 
@@ -97,19 +105,34 @@ class PrefectEngine:
         """MLflow runs and Prefect artifacts of a committed round."""
         if self.tracker is not None:
             self.tracker.log_round(manifest.summary)
-        reporting.round_artifacts(manifest)
+        reporting.round_artifacts(manifest, private=self.ref.config.is_private)
         done = 100.0 * (manifest.round_index + 1) / self.ref.config.rounds
         reporting.update_progress_artifact(artifact_id=self.progress_id, progress=done)
 
     def register(self, summary: StudySummary, adapter: ArtifactRef) -> ModelSummary | None:
-        """Register the adapter; its gate's verdict decides whether it becomes champion."""
+        """Register the adapter; the verdicts of gate and audit decide whether it becomes champion."""
+        due = audit_is_due(self.ref, summary)
         if self.tracker is None:
+            if due:
+                self.warnings = ("audit.before_promotion: nothing was audited, because tracking is off, so no model "
+                                 "was registered.",)  # fmt: skip
             return None
+        audit = audit_study(self.ref) if due else None
+        self.warnings = objections(audit) if audit is not None else ()
         with tempfile.TemporaryDirectory() as folder:
-            return register_adapter(self.ref, summary, adapter, self.tracker.tracking_uri, self.tracker.run_id, folder)
+            return register_adapter(
+                self.ref, summary, adapter, self.tracker.tracking_uri, self.tracker.run_id, folder, audit
+            )
 
 
-@flow(name="federated-training", flow_run_name="{config.name}", persist_result=False, validate_parameters=True)
+@flow(
+    name="federated-training",
+    flow_run_name="{config.name}",
+    persist_result=False,
+    log_prints=False,
+    validate_parameters=True,
+)
+@discreet
 def federated_training(config: StudyConfig, out_dir: str) -> StudySummary:
     """Run a federated study, or resume the one that ``out_dir`` holds.
 
@@ -123,11 +146,12 @@ def federated_training(config: StudyConfig, out_dir: str) -> StudySummary:
     status: Any = "FAILED"
     try:
         plan = workspace.plan
-        reporting.plan_artifact(ref.run_id, plan)
+        reporting.plan_artifact(ref.run_id, plan, private=config.is_private)
         if tracker is not None:
             tracker.log_datasets(plan.domains)
         engine = PrefectEngine(ref, workspace, tracker, reporting.start_progress(ref.run_id))
         summary = run_study(ref, engine, tell)
+        summary = summary.model_copy(update={"warnings": (*summary.warnings, *engine.warnings)})
         if tracker is not None:
             summary = summary.model_copy(
                 update={

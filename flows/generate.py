@@ -53,7 +53,7 @@ def generate_command(
         BackboneError: the backbone is not the one the adapter was trained on.
     """
     rows = _rows(post, question, input_file)
-    from tasks.registry import load_registered
+    from tasks.registered_files import load_registered
 
     loaded = load_registered(tracking_uri, model, backbone=backbone, device=device)
     answers = Answers(model=loaded.name, version=loaded.version, answers=tuple(loaded.answers(rows, max_new_tokens)))

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 
 from fedmentor_core.privacy.ledger import ledger_domains
+from fedmentor_core.privacy.ledger_view import LedgerView
 from fedmentor_core.records import StudySummary
 from fedmentor_core.report.html import write_report
 from fedmentor_core.study import samples_by_round
@@ -32,21 +34,23 @@ def write_outputs(ref: StudyRef, workspace: Workspace, summary: StudySummary) ->
     by_round = samples_by_round(workspace)
     samples = by_round.get(summary.selected_round if summary.selected_round is not None else -1, ())
     report = out / "report.html"
-    write_report(report, summary, ref.config, samples, round_samples=by_round)
+    accounts = ledger_views(workspace)
+    write_report(report, summary, ref.config, samples, round_samples=by_round, accounts=accounts)
     config_yaml = yaml.safe_dump(ref.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     write_text(out / "config.yaml", config_yaml)
     path = out / "summary.json"
     write_text(path, summary.model_dump_json(by_alias=True, indent=2) + "\n")
-    return Outputs(path, report, config_yaml, ledger_snapshot(workspace))
+    return Outputs(path, report, config_yaml, ledger_snapshot(accounts))
 
 
-def ledger_snapshot(workspace: Workspace) -> dict[str, Any]:
-    """All accounts, as ``fedmentor ledger --json`` prints them."""
-    store = workspace.ledger_store
-    return {
-        "verified": True,  # reading a broken chain raises
-        "domains": [workspace.ledger(name).view().model_dump(mode="json") for name in ledger_domains(store)],
-    }
+def ledger_views(workspace: Workspace) -> list[LedgerView]:
+    """All accounts; reading a broken chain raises."""
+    return [workspace.ledger(name).view() for name in ledger_domains(workspace.ledger_store)]
+
+
+def ledger_snapshot(accounts: Sequence[LedgerView]) -> dict[str, Any]:
+    """``accounts`` as ``fedmentor ledger --json`` prints them."""
+    return {"verified": True, "domains": [account.model_dump(mode="json") for account in accounts]}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,13 +1,22 @@
-"""Make a version champion by hand: only one that passed its gate."""
+"""Make a version champion by hand: only one that passed its gate, and its audit where one is given or asked for."""
+
+from pathlib import Path
 
 from prefect import flow
 
+from fedmentor_core.audit.verdict import read_audit
 from fedmentor_core.records import ModelSummary
 from tasks import registry
 
 
 def promote_command(
-    tracking_uri: str, name: str, version: str, *, reason: str = "by hand", allow_not_private: bool = False
+    tracking_uri: str,
+    name: str,
+    version: str,
+    *,
+    reason: str = "by hand",
+    audit: str | Path | None = None,
+    allow_not_private: bool = False,
 ) -> ModelSummary:
     """Body of ``fedmentor promote``: move ``champion``, without an orchestrator.
 
@@ -16,18 +25,31 @@ def promote_command(
         name: registered model.
         version: its version.
         reason: recorded with the version.
+        audit: an ``audit.json`` or its folder; its verdict is recorded and must be a pass on the same mechanism.
         allow_not_private: accept a version without a privacy guarantee (research only).
 
     Raises:
-        ConfigError: no such model or version.
-        GateError: the version did not pass its gate, or is not private.
+        ConfigError: no such model, version or audit.
+        GateError: the version's gate or audit says no, the audit is of another mechanism, or it is not private.
     """
-    return registry.promote(tracking_uri, name, str(version), reason=reason, allow_not_private=allow_not_private)
+    return registry.promote(
+        tracking_uri,
+        name,
+        str(version),
+        reason=reason,
+        audit=None if audit is None else read_audit(Path(audit)),
+        allow_not_private=allow_not_private,
+    )
 
 
 @flow(name="promote")
 def promote(
-    tracking_uri: str, name: str, version: str, reason: str = "by hand", allow_not_private: bool = False
+    tracking_uri: str,
+    name: str,
+    version: str,
+    reason: str = "by hand",
+    audit: str | None = None,
+    allow_not_private: bool = False,
 ) -> ModelSummary:
-    """Make a version that passed its gate the champion."""
-    return promote_command(tracking_uri, name, version, reason=reason, allow_not_private=allow_not_private)
+    """Make a version that passed its gate, and its audit where one is given or asked for, the champion."""
+    return promote_command(tracking_uri, name, version, reason=reason, audit=audit, allow_not_private=allow_not_private)

@@ -1,18 +1,20 @@
 """The mapped client-training task.
 
 A retry is a new attempt with a charge of its own, unless the attempt had already released its update; the ledger
-decides, never Prefect's cache: results are neither cached nor persisted.
+decides, never Prefect's cache: results are neither cached nor persisted. Prefect stores exceptions and logs, so the
+task is ``discreet``.
 """
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from fedmentor_core.discretion import discreet
 from fedmentor_core.records import ClientAssignment, ClientUpdate
 from fedmentor_core.study import train_one
 from fedmentor_core.study_ref import StudyRef
 from fedmentor_core.workspace import workspace_of
 from tasks.listening import tell
-from tasks.policies import telling_only_the_kind, worth_retrying
+from tasks.policies import worth_retrying
 
 
 @task(
@@ -20,13 +22,11 @@ from tasks.policies import telling_only_the_kind, worth_retrying
     task_run_name="train {assignment.domain} round {assignment.round_index}",
     cache_policy=NO_CACHE,
     persist_result=False,
+    log_prints=False,  # whatever an operator's settings say: a library may print the text it works on
     retry_condition_fn=worth_retrying,
     retry_delay_seconds=1,
 )
+@discreet
 def train_client(ref: StudyRef, assignment: ClientAssignment) -> ClientUpdate:
     """One client's part of a round: charge, train, store, release."""
-    try:
-        return train_one(workspace_of(ref), assignment, tell)
-    except Exception as error:
-        told = telling_only_the_kind(error)
-    raise told  # outside the handler: Prefect must not store the original as context
+    return train_one(workspace_of(ref), assignment, tell)

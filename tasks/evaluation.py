@@ -5,6 +5,7 @@ from typing import Literal
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from fedmentor_core.discretion import discreet
 from fedmentor_core.evaluation.gate import judge
 from fedmentor_core.records import ArtifactRef, DomainEvaluation, EvaluationMetrics, GateVerdict
 from fedmentor_core.study import evaluate_one
@@ -18,7 +19,9 @@ from tasks.listening import tell
     task_run_name="evaluate {domain} {split}",
     cache_policy=NO_CACHE,
     persist_result=False,
+    log_prints=False,
 )
+@discreet
 def evaluate_domain(
     ref: StudyRef, adapter: ArtifactRef, domain: str, split: Literal["gate", "test"]
 ) -> DomainEvaluation:

@@ -1,4 +1,4 @@
-"""What may be retried, what may be told about a failure: one place for all tasks."""
+"""What may be retried, for all tasks. What may be told of a failure is in ``fedmentor_core/discretion.py``."""
 
 from typing import Any
 
@@ -7,12 +7,10 @@ from fedmentor_core.errors import (
     BudgetError,
     ConfigError,
     DataError,
-    FedMentorError,
     GateError,
     IntegrityError,
     LedgerError,
 )
-from fedmentor_core.study import failure_reason
 from tasks.listening import InterruptedByUserError
 
 NEVER_RETRIED = (
@@ -29,17 +27,4 @@ NEVER_RETRIED = (
 
 def worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
     """Prefect's ``retry_condition_fn``: not what a retry cannot mend (bad input, spent budget, broken ledger)."""
-    error = state.result(raise_on_failure=False)
-    return not (isinstance(error, NEVER_RETRIED) or isinstance(error.__cause__, NEVER_RETRIED))
-
-
-class SiteFailureError(FedMentorError):
-    """A client's failure as it may leave the site: our own message, or only the kind of the exception.
-
-    Prefect stores exception texts and tracebacks; a library's message may quote the data it failed on.
-    """
-
-
-def telling_only_the_kind(error: Exception) -> FedMentorError:
-    """``error`` itself when its message is ours, else a stand-in without its text."""
-    return error if isinstance(error, FedMentorError) else SiteFailureError(failure_reason(error))
+    return not isinstance(state.result(raise_on_failure=False), NEVER_RETRIED)

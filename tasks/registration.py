@@ -6,17 +6,28 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from fedmentor_core.adapters.lora import save_adapter_folder
+from fedmentor_core.audit.mechanism import Mechanism
+from fedmentor_core.audit.verdict import FinishedAudit
+from fedmentor_core.discretion import discreet
 from fedmentor_core.records import ArtifactRef, ModelSummary, StudySummary
 from fedmentor_core.study_ref import StudyRef
 from fedmentor_core.workspace import workspace_of
-from tasks.registry import BackboneReference, DomainPrivacy, Registration, register_and_decide
+from tasks.registration_records import BackboneReference, DomainPromise, Registration
+from tasks.registry import register_and_decide
 
 
 @task(name="register", cache_policy=NO_CACHE, persist_result=False)
+@discreet
 def register_adapter(
-    ref: StudyRef, summary: StudySummary, adapter: ArtifactRef, tracking_uri: str, mlflow_run_id: str, folder: str
+    ref: StudyRef,
+    summary: StudySummary,
+    adapter: ArtifactRef,
+    tracking_uri: str,
+    mlflow_run_id: str,
+    folder: str,
+    audit: FinishedAudit | None = None,
 ) -> ModelSummary:
-    """Register the selected adapter as challenger; its gate's verdict decides whether it becomes champion."""
+    """Register the selected adapter as challenger; the verdicts of gate and audit decide about ``champion``."""
     workspace = workspace_of(ref)
     config = ref.config
     target = Path(folder) / "adapter"
@@ -30,7 +41,7 @@ def register_adapter(
         mlflow_run_id=mlflow_run_id,
         config_sha256=ref.config_sha256,
         private=summary.private,
-        privacy=DomainPrivacy.of(summary.rounds[-1].clients),
+        promises=DomainPromise.of(summary),
         backbone=BackboneReference(
             name=_portable_name(config.backbone.name),
             revision=config.backbone.revision,
@@ -39,8 +50,10 @@ def register_adapter(
             max_length=config.backbone.max_length,
             max_new_tokens=config.evaluation.max_new_tokens,
         ),
+        mechanism=Mechanism.of(config, workspace.backbone.sha256),
+        audit_required=config.audit.before_promotion,
     )
-    return register_and_decide(tracking_uri, registration, target, selected.gate)
+    return register_and_decide(tracking_uri, registration, target, selected.gate, audit=audit)
 
 
 def _portable_name(name: str) -> str:

@@ -173,6 +173,19 @@ def state_from_bytes(data: bytes) -> State:
         raise IntegrityError(f"adapter file of {len(data)} bytes is not valid safetensors.") from None
 
 
+def metadata_from_bytes(data: bytes) -> dict[str, str]:
+    """What safetensors bytes say about themselves in their header.
+
+    Raises:
+        IntegrityError: not a safetensors file.
+    """
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return {str(name): str(value) for name, value in header.get("__metadata__", {}).items()}
+    except (ValueError, AttributeError):
+        raise IntegrityError(f"not a safetensors file ({len(data)} bytes): torn or tampered.") from None
+
+
 def resolved_targets(model: Any) -> tuple[str, ...]:
     """Names of the adapted linear modules."""
     return tuple(sorted({name.split(".")[-3] for name in adapter_state(model, trainable_only=False)}))

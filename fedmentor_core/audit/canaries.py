@@ -47,14 +47,14 @@ class CanarySet:
         """One row per canary, with the columns of a domain's split."""
         return [
             {
-                "unit_id": f"canary-{position:06d}",
+                "unit_id": canonical_sha256(["canary", post])[:32],  # a unit of no other domain
                 "post": post,
                 "question": QUESTION,
                 "response": response,
                 "label": "",
                 "gold": False,
             }
-            for position, (post, response) in enumerate(zip(self.posts, self.responses, strict=True))
+            for post, response in zip(self.posts, self.responses, strict=True)
         ]
 
 
@@ -67,7 +67,7 @@ def make_canaries(n: int) -> CanarySet:
     if not MIN_CANARIES <= n <= MAX_CANARIES:
         raise ConfigError(
             f"canaries: got {n}; allowed: {MIN_CANARIES} to {MAX_CANARIES}. A few hundred are a good number: fewer "
-            "cannot refute an epsilon above 2, and they are added to the domain's units."
+            "cannot refute an epsilon above 2."
         )
     return CanarySet(
         posts=_texts(n, _POST_WORDS),
@@ -106,7 +106,10 @@ class CountedUnits(Sequence[Sequence[int]]):
 
 
 class AuditWorkspace(Workspace):
-    """A study's workspace whose audited domains have canaries among their training units."""
+    """A study's workspace whose audited domains have canaries among their training units.
+
+    The fingerprint stays that of the data without them: canaries are nobody's, and an account is kept for people.
+    """
 
     def __init__(self, ref: StudyRef, canaries: Mapping[str, CanarySet]) -> None:
         """``canaries``: by domain; the other domains train as ever."""
@@ -130,7 +133,6 @@ class AuditWorkspace(Workspace):
                 data,
                 train=Dataset.from_dict(columns, features=data.train.features),
                 n_units={**data.n_units, "train": data.n_units["train"] + len(canaries)},
-                fingerprint=canonical_sha256([data.fingerprint, canaries.posts]),
             )
         return found
 

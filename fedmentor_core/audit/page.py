@@ -26,8 +26,9 @@ LIMITS = (
     "watched; a clip norm that only the call from the round loosens shows there only if gradients exceed it.",
     "The ledger is counted again from what was done in the audit's own run; charges of earlier runs are not counted "
     "again.",
-    "Canaries add to a domain's units, so the audited schedule is calibrated for the larger domain. What is audited is "
-    "the code and the configuration, and not the adapter in the registry, which never saw a canary.",
+    "On invented data, canaries stand among exactly as many units as the study has, so the audited schedule is that of "
+    "its first run; with the domains' own data they come on top, and the schedule is that of a slightly larger domain. "
+    "What is audited is the code and the configuration, and not the adapter in the registry, which never saw a canary.",
 )
 
 
@@ -64,7 +65,9 @@ def build_page(report: AuditReport) -> str:
 {domains}
 {f'<section><h2>Warnings</h2><ul class="soft">{warnings}</ul></section>' if warnings else ""}
 <section><h2>What this audit cannot see</h2><ul class="soft">{limits}</ul>
-<p class="small soft">Run {escape(report.run_id)}, {report.seconds:.0f} s. Bounds hold for all audited domains
+<p class="small soft">{escape(report.cost)}</p>
+<p class="small soft">Run {escape(report.run_id)}, {report.seconds:.0f} s; mechanism
+{report.mechanism_sha256[:16]}. Bounds hold for all audited domains
 together with {report.confidence:.0%} confidence; intervals are 95 %.</p></section>
 </main>
 </body>

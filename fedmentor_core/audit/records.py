@@ -4,10 +4,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from fedmentor_core.audit.mechanism import Mechanism
 from fedmentor_core.audit.probes import AuditCheck
 from fedmentor_core.records import Record
 
-AUDIT_SCHEMA_VERSION = 1
+AUDIT_SCHEMA_VERSION = 2
 
 
 class Interval(Record):
@@ -49,7 +50,7 @@ class DomainAudit(Record):
     delta: float
     epsilon_lower_bound: float = Field(description="Holds for all audited domains together, with the confidence.")
     epsilon_reachable: float = Field(description="The bound if every guess had been right.")
-    epsilon_claimed: float = Field(description="Spent, by the audit run's own ledger.")
+    epsilon_claimed: float = Field(description="What the ledger charged the audit's run.")
     epsilon_recomputed: float = Field(description="Of what was really done, by dp-accounting at the ledger's order.")
     epsilon_recomputed_pld: float = Field(description="The tight epsilon of the same, for comparison.")
     bound_curve: tuple[CurvePoint, ...]
@@ -86,4 +87,18 @@ class AuditReport(Record):
     domain: str
     domains: tuple[DomainAudit, ...]
     warnings: tuple[str, ...]
+    data: Literal["invented", "own"] = Field(description="What it trained on beside canaries.")
+    mechanism: Mechanism = Field(description="What was audited; a model made by another is none of its business.")
+    mechanism_sha256: str
     seconds: float
+
+    @property
+    def cost(self) -> str:
+        """What the audit cost the people in the data, in one sentence."""
+        if self.data == "invented":
+            return "The audit trained on canaries and invented posts only: it read nobody's text and cost no budget."
+        spent = ", ".join(f"{one.domain} {one.epsilon_claimed:.3f}" for one in self.domains)
+        return (
+            "The audit trained on the domains' own posts and charged their lifetime accounts as any run does (epsilon "
+            f"of this run alone: {spent}; domains without canaries were charged too). Keep its folder at the site."
+        )

@@ -11,9 +11,10 @@
 The adaptation rule is fed the worst utility there is after every round, so the schedule under audit is the one with
 the least noise that the rule and the filter would ever allow.
 
-It is a study of its own: own folder, store and ledger, no registry, no evaluation. The released model never saw a
-canary. Its training data is real, though: what the audit run releases costs epsilon on top of the released model's,
-so its store stays at the site (the report has a warning where the data is not invented).
+It is a study of its own: own folder and store, no registry, no evaluation, no validation account. The released model
+never saw a canary. By default it trains on invented text in the place of every domain's own (``standin.py``) and keeps
+an account of its own, so it costs nobody anything. With the domains' own data, canaries are added to their units and
+the run is charged to the lifetime accounts of ``privacy.ledger_url``, whose filters may refuse it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from fedmentor_core.audit import membership
 from fedmentor_core.audit.attack import Attack, ClientTrace, gradient_scores, loss_scores
 from fedmentor_core.audit.bound import best_bound, highest_reachable
 from fedmentor_core.audit.canaries import AuditWorkspace, CanarySet, make_canaries
+from fedmentor_core.audit.mechanism import Mechanism
 from fedmentor_core.audit.meter import StepMeter
 from fedmentor_core.audit.probes import ALARM, AuditCheck, run_probes
 from fedmentor_core.audit.records import AuditReport, CurvePoint, DomainAudit, Interval, RocPoint
@@ -35,7 +37,8 @@ from fedmentor_core.audit.recount import (
     epsilon_rdp_elsewhere,
     ledger_findings,
 )
-from fedmentor_core.config import StorageConfig, StudyConfig
+from fedmentor_core.audit.standin import canaries_that_fit, check_units, count_units, standin_config
+from fedmentor_core.config import StudyConfig
 from fedmentor_core.errors import BudgetError, ConfigError, OutputExistsError
 from fedmentor_core.progress import Listener, ProgressEvent, silent
 from fedmentor_core.records import ArtifactRef, DomainPlan, EvaluationMetrics, Metrics
@@ -44,7 +47,6 @@ from fedmentor_core.study import train_with_retries
 from fedmentor_core.study_ref import MARKER, claim_study, find_study
 from fedmentor_core.workspace import client_key
 
-DEFAULT_CANARIES = 200
 CONFIDENCE = 0.95
 
 
@@ -65,8 +67,10 @@ def run_audit(
     out_dir: str | Path,
     *,
     domain: str | None = None,
-    n_canaries: int = DEFAULT_CANARIES,
+    n_canaries: int | None = None,
     confidence: float = CONFIDENCE,
+    units: Mapping[str, int] | None = None,
+    own_data: bool = False,
     listen: Listener = silent,
 ) -> AuditReport:
     """Audit a study's configuration and this installation's code.
@@ -75,20 +79,28 @@ def run_audit(
         config: the study; its rounds, sampling, clip and budgets are used as they are.
         out_dir: a folder that holds no study yet.
         domain: put canaries in this domain alone; default: in every domain.
-        n_canaries: per audited domain, added to its units.
+        n_canaries: per audited domain; default: ``config.audit.canaries``.
         confidence: with which all lower bounds hold together.
+        units: training units of every domain, a public number; default: counted in the data. Not for ``own_data``.
+        own_data: train on the domains' own posts and charge the accounts at ``privacy.ledger_url``.
         listen: told of progress.
 
+    Guarantees:
+        Without ``own_data`` nothing of the domains is trained on, charged or written; with ``units`` none of it is
+        even read.
+
     Raises:
-        ConfigError: nothing to audit (privacy is off), an unknown domain, an impossible number.
+        ConfigError: nothing to audit (privacy is off, or promised to clients rather than units), an unknown domain,
+            an impossible number, ``own_data`` without a lifetime ledger.
         OutputExistsError: the folder is taken: an audit is never resumed, its coins are thrown once.
         BudgetError: a domain to be audited cannot train under its budget.
     """
     started = rounds.now()
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence: got {confidence}; allowed: between 0 and 1, such as 0.95.")
-    workspace = _prepare(config, Path(out_dir), domain, n_canaries)
+    asked = config.audit.canaries if n_canaries is None else n_canaries
     listen(ProgressEvent("prepare", "loading backbone, data and canaries", n_rounds=config.rounds))
+    workspace = _prepare(config, Path(out_dir), domain, asked, units=units, own_data=own_data)
     plan = workspace.preflight()  # bad input is refused here, before anything is written
     refused = [one for one in plan.domains if one.domain in workspace.canaries and one.refusals]
     if refused:
@@ -102,13 +114,34 @@ def run_audit(
         listen(ProgressEvent("evaluate", "scoring canaries and probing", domain=name))
         audits.append(judge_domain(workspace, trace, name, each))
     listen(ProgressEvent("done", "audit done"))
-    return _report(workspace, audits, confidence, rounds.now() - started)
+    mechanism = Mechanism.of(config, workspace.backbone.sha256)
+    return AuditReport.model_validate(
+        {
+            **_figures(audits),
+            "study": workspace.config.name,
+            "run_id": workspace.ref.run_id,
+            "confidence": confidence,
+            "warnings": _warnings(audits, asked),
+            "data": "own" if own_data else "invented",
+            "mechanism": mechanism,
+            "mechanism_sha256": mechanism.sha256,
+            "seconds": rounds.now() - started,
+        }
+    )
 
 
-def _prepare(config: StudyConfig, out: Path, domain: str | None, n_canaries: int) -> AuditWorkspace:
+def _prepare(
+    config: StudyConfig,
+    out: Path,
+    domain: str | None,
+    n_canaries: int,
+    *,
+    units: Mapping[str, int] | None = None,
+    own_data: bool = False,
+) -> AuditWorkspace:
+    """Refuse what cannot be audited, throw the coins, and set up the audit's own study. Writes nothing."""
     names = [one.name for one in config.domains]
-    if config.privacy.mode != "dp":
-        raise ConfigError("privacy.mode is 'none': nothing is claimed, so there is nothing to audit. Set it to 'dp'.")
+    _refuse_without_promise(config)
     if domain is not None and domain not in names:
         raise ConfigError(f"domain: got {domain!r}; allowed: {', '.join(names)}.")
     if (out / MARKER).exists():
@@ -116,20 +149,58 @@ def _prepare(config: StudyConfig, out: Path, domain: str | None, n_canaries: int
             f"output folder {out} already holds a study or an audit. An audit is not resumed, because its coins are "
             "thrown once. Nothing was changed. Give another --out."
         )
-    canaries = {name: make_canaries(n_canaries) for name in names if domain in (None, name)}
-    return AuditWorkspace(find_study(audit_config(config), out), canaries)
+    audited = [name for name in names if domain in (None, name)]
+    if own_data:
+        _refuse_uncharged(config, units)
+        canaries = {name: make_canaries(n_canaries) for name in audited}
+        return AuditWorkspace(find_study(audit_config(config), out), canaries)
+    units = count_units(config) if units is None else units
+    check_units(config, units)
+    canaries = {name: make_canaries(canaries_that_fit(n_canaries, units[name])) for name in audited}
+    invented = {name: units[name] - len(canaries.get(name, ())) for name in names}
+    return AuditWorkspace(find_study(audit_config(standin_config(config, invented)), out), canaries)
+
+
+def _refuse_without_promise(config: StudyConfig) -> None:
+    if config.privacy.mode != "dp":
+        raise ConfigError("privacy.mode is 'none': nothing is claimed, so there is nothing to audit. Set it to 'dp'.")
+    if config.privacy.level != "unit":
+        raise ConfigError(
+            f"privacy.level: got {config.privacy.level!r}; an audit allows 'unit' only. Canaries are units, and "
+            "client-level privacy promises nothing about one unit's step by step gradient. Audit the study with "
+            "privacy.level 'unit', or rely on the tests of the client-level mechanism."
+        )
+
+
+def _refuse_uncharged(config: StudyConfig, units: Mapping[str, int] | None) -> None:
+    if units is not None:
+        raise ConfigError("units: not allowed with the domains' own data, whose units are counted. Leave one out.")
+    if config.privacy.ledger_url is None:
+        raise ConfigError(
+            "an audit on the domains' own data is a release like any other and must be charged to their lifetime "
+            "accounts, but privacy.ledger_url is not set. Set it to the store that holds those accounts "
+            "(file:///path or s3://bucket/prefix), or audit on invented data, which costs nobody anything."
+        )
 
 
 def audit_config(config: StudyConfig) -> StudyConfig:
-    """The study as the audit runs it: the same mechanism, with a name, store and ledger of its own."""
+    """The study as the audit runs it: the same mechanism, with a name and a store of its own and nothing evaluated.
+
+    The gate and test sets are never looked at; calling them public keeps the plan from opening validation accounts.
+    """
     return config.model_copy(
         update={
-            "name": f"{config.name[:57]}-audit",
-            "storage": StorageConfig(),
-            "privacy": config.privacy.model_copy(update={"ledger_url": None}),
+            "name": audit_name(config),
+            "storage": config.storage.model_copy(update={"url": None}),
+            "evaluation": config.evaluation.model_copy(update={"gate_data": "public"}),
             "tracking": config.tracking.model_copy(update={"enabled": False}),
         }
     )
+
+
+def audit_name(config: StudyConfig) -> str:
+    """The audit's own name as a study: the study's, as far as a name may be long."""
+    return f"{config.name[:57]}-audit"
 
 
 def train_with_canaries(workspace: AuditWorkspace, listen: Listener = silent) -> Trace:
@@ -173,7 +244,8 @@ def judge_domain(workspace: AuditWorkspace, trace: Trace, domain: str, confidenc
     delta, order = plan.delta, plan.rdp_order
     assert delta is not None
     assert order is not None
-    entries = workspace.ledger(domain).entries()
+    run_id = workspace.ref.run_id  # a lifetime account also holds other runs
+    entries = [e for e in workspace.ledger(domain).entries() if e.kind == "plan" or e.run_id == run_id]
     claimed = epsilon_of_ledger(entries)
     history = [round_done(workspace, one) for one in done]
     recomputed = epsilon_rdp_elsewhere([one.spend for one in history], order, delta)
@@ -366,38 +438,28 @@ def _canary_draws(workspace: AuditWorkspace, domain: str) -> list[int]:
 # --- the report -----------------------------------------------------------------------------------------------------
 
 
-def _report(workspace: AuditWorkspace, audits: Sequence[DomainAudit], confidence: float, seconds: float) -> AuditReport:
+def _figures(audits: Sequence[DomainAudit]) -> dict[str, object]:
+    """Verdict, and the figures of the domain that is nearest to its claim."""
     worst = max(audits, key=lambda one: (not one.passed, one.epsilon_lower_bound - one.epsilon_claimed))
-    reasons = tuple(
-        f"{one.domain}: {check.name}: {check.detail}" for one in audits for check in one.checks if not check.passed
-    )
-    return AuditReport(
-        study=workspace.config.name,
-        run_id=workspace.ref.run_id,
-        passed=all(one.passed for one in audits),
-        epsilon_lower_bound=worst.epsilon_lower_bound,
-        epsilon_claimed=worst.epsilon_claimed,
-        confidence=confidence,
-        mia_auc=worst.mia_auc,
-        tpr_at_1pct_fpr=worst.tpr_at_1pct_fpr,
-        n_canaries=worst.n_canaries,
-        reasons=reasons,
-        domain=worst.domain,
-        domains=tuple(audits),
-        warnings=_warnings(workspace, audits),
-        seconds=seconds,
-    )
+    flat = ("epsilon_lower_bound", "epsilon_claimed", "mia_auc", "tpr_at_1pct_fpr", "n_canaries", "domain")
+    return {
+        **{name: getattr(worst, name) for name in flat},
+        "passed": all(one.passed for one in audits),
+        "reasons": tuple(
+            f"{one.domain}: {check.name}: {check.detail}" for one in audits for check in one.checks if not check.passed
+        ),
+        "domains": tuple(audits),
+    }
 
 
-def _warnings(workspace: AuditWorkspace, audits: Sequence[DomainAudit]) -> tuple[str, ...]:
-    real = [one.name for one in workspace.config.domains if one.source.kind != "invented"]
+def _warnings(audits: Sequence[DomainAudit], asked: int) -> tuple[str, ...]:
     said = []
-    if real:
-        said.append(
-            f"This audit trained on the posts of {', '.join(real)}: what it released costs epsilon on top of their "
-            "ledgers, by the account in its own store. Keep its folder at the site."
-        )
     for one in audits:
+        if one.n_canaries < asked:
+            said.append(
+                f"{one.domain}: {one.n_canaries} canaries rather than {asked}, for it has {one.n_units} units, and the "
+                "audited schedule is that of so many."
+            )
         if one.epsilon_reachable <= one.epsilon_claimed:
             said.append(
                 f"{one.domain}: even with every guess right, {one.n_canaries} canaries would show epsilon "

@@ -192,10 +192,9 @@ def _fit_prompts(
             cuts.append(_Cut(index, room[index], 0, frames[questions[index]], len(posts[index]), len(ids)))
     for cut in cuts:
         if len(cut.fits_ids) > cut.limit:
-            raise ConfigError(
-                f"{setting}: got room for {max(cut.limit, 0)} prompt tokens beside the answer; allowed: at least "
-                f"{len(cut.fits_ids)}, for the question without any post. Raise {setting}, or lower the "
-                "answer's limit."
+            raise ConfigError(  # without lengths: one row's text decides them
+                f"{setting}: a question and its answer leave no room for any of the post; allowed: room for both and "
+                f"a start of the post. Raise {setting}, or lower the answer's limit."
             )
     pending = cuts
     for _ in range(_MAX_CUT_STEPS):

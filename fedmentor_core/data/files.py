@@ -162,11 +162,17 @@ def require_columns(where: str, present: Sequence[str], wanted: dict[str, str | 
     Raises:
         DataError: naming the setting, the column it names, and the columns that exist.
     """
+    named = [column for column in wanted.values() if column is not None]
+    is_header = any(column in present or difflib.get_close_matches(column, present, cutoff=0.7) for column in named)
     for setting, column in wanted.items():
         if column is None or column in present:
             continue
-        close = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(column, present, n=1, cutoff=0.5) if is_header else []
         listed = ", ".join(repr(name) for name in present[:30]) + (", ..." if len(present) > 30 else "")
+        if not is_header:  # then the first line may well be a row of private text
+            listed = (
+                f"one of the {len(present)} columns, not shown as none is like a mapped one (is the header missing?)"
+            )
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise DataError(
             f"{where}: {setting} names the column {column!r}, which does not exist. Allowed: {listed}.{hint} "

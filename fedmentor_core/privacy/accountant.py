@@ -23,7 +23,7 @@ MAX_NOISE_MULTIPLIER = 1e4
 _LARGE_RATE = 0.9
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=65_536)
 def rdp_per_step(noise_multiplier: float, sample_rate: float, order: float) -> float:
     """RDP of one sampled-Gaussian step at ``order``; infinite without noise, 0 when nothing is sampled."""
     if not 0 <= sample_rate <= 1:

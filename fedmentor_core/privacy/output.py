@@ -17,6 +17,7 @@ from typing import Any
 
 from fedmentor_core.adapters.lora import State
 from fedmentor_core.privacy.entropy import secret_generator
+from fedmentor_core.records import DomainPlan
 
 SENSITIVITY_PER_CLIP = 2.0
 """L2 sensitivity of a clipped update, in clip norms, when a client's whole dataset is replaced."""
@@ -99,3 +100,13 @@ def hopeless_at_client_level(
         f"more noise than signal. It would take about {enough:,} clients, fewer parameters (adapter.rank, "
         "target_modules) or a larger epsilon. privacy.level 'unit' protects every post at a far smaller price."
     )
+
+
+def with_client_level_warning(plan: DomainPlan, n_parameters: int, n_clients: int) -> DomainPlan:
+    """``plan`` with the arithmetic among its warnings, where it is a client-level plan that cannot work."""
+    if plan.privacy_level == "unit" or plan.noise_multiplier is None:
+        return plan
+    told = hopeless_at_client_level(plan.noise_multiplier, plan.clip_norm, n_parameters, n_clients)
+    if told is None:
+        return plan
+    return plan.model_copy(update={"warnings": (*plan.warnings, f"domain {plan.domain!r}: {told}")})

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmentor_core.config import StudyConfig
+from fedmentor_core.privacy.ledger_view import LedgerView
 from fedmentor_core.records import Sample, StudySummary
-from fedmentor_core.report import plots, view, words
+from fedmentor_core.report import plots, privacy_plots, words
+from fedmentor_core.report.sections import headline, made, noise, promise, rounds, sample_outputs, validation
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -22,6 +24,7 @@ def build_report(
     samples: Sequence[Sample],
     *,
     round_samples: Mapping[int, Sequence[Sample]] | None = None,
+    accounts: Sequence[LedgerView] | None = None,
 ) -> str:
     """A whole study as one HTML page.
 
@@ -31,35 +34,50 @@ def build_report(
         samples: outputs of the selected (else the last) adapter on the gate set. Never shown where
             ``config.evaluation.gate_data`` is private, even if given.
         round_samples: outputs of each round by ``round_index``, to unfold.
+        accounts: the ledgers as they were just read; None says in the report that they were not read.
 
     Guarantees:
         Equal arguments give equal bytes. The page loads nothing and runs no script: its content policy
-        forbids both, and every text is escaped.
+        forbids both, and every text is escaped. A study that was not private says so in its title, in a band at the
+        top, in its privacy part and in the picture and the words of every chart.
     """
+    by_name = None if accounts is None else _of_study(summary, accounts)
+    head = headline.headline(summary, config, list((by_name or {}).values()))
     domains = plots.domain_order(summary)
+
+    def shown(figures: list[plots.Figure]) -> list[plots.Figure]:
+        return figures if head.private else plots.marked(figures, words.NOT_PRIVATE)
+
+    has_rounds = bool(summary.rounds)
+    spending = [privacy_plots.noise_figure(summary), privacy_plots.epsilon_figure(summary)] if has_rounds else []
     return _template().render(
         summary=summary,
         config=config,
-        head=view.headline(summary, config),
-        budgets=view.budget_lines(summary),
-        finals=view.final_rows(summary),
-        history=view.gate_history(summary),
+        not_private=words.NOT_PRIVATE,
+        head=head,
+        budgets=headline.budget_lines(summary),
+        finals=headline.final_rows(summary),
+        history=headline.gate_history(summary),
         metrics=words.METRICS,
         score_legend=plots.legend(domains, overall=True),
         domain_legend=plots.legend(domains, overall=False),
-        utility=plots.utility_figures(summary) if summary.rounds else [],
-        safety=plots.safety_figures(summary) if summary.rounds else [],
-        privacy=[plots.noise_figure(summary), plots.epsilon_figure(summary)] if summary.rounds else [],
-        cost=plots.cost_figures(summary) if summary.rounds else [],
-        noise_lines=view.noise_lines(summary),
-        plan_lines=view.plan_lines(summary, config),
-        plan_columns=view.PLAN_COLUMNS,
-        rounds=view.rounds(summary),
-        client_columns=view.CLIENT_COLUMNS,
-        sample_sets=view.sample_sets(summary, config, samples, round_samples),
-        identities=view.identities(summary),
-        settings=view.settings_yaml(config),
-        show_bytes=words.show_bytes,
+        utility=shown(plots.utility_figures(summary)) if has_rounds else [],
+        safety=shown(plots.safety_figures(summary)) if has_rounds else [],
+        plan_figures=shown(privacy_plots.plan_figures(summary)),
+        plan_legend=privacy_plots.plan_legend(summary),
+        spending=shown(spending),
+        cost=shown(plots.cost_figures(summary)) if has_rounds else [],
+        promises=promise.promise_cards(summary, config, by_name, private=head.private),
+        noise_lines=noise.noise_lines(summary),
+        ladders=noise.ladders(summary),
+        validation_lines=validation.validation_lines(summary.plan, by_name),
+        validation_columns=validation.VALIDATION_COLUMNS,
+        shared_lines=validation.shared_lines(summary.plan, by_name),
+        rounds=rounds.rounds(summary),
+        client_columns=rounds.CLIENT_COLUMNS,
+        sample_sets=sample_outputs.sample_sets(summary, config, samples, round_samples),
+        identities=made.identities(summary),
+        settings=made.settings_yaml(config),
     )
 
 
@@ -70,10 +88,11 @@ def write_report(
     samples: Sequence[Sample],
     *,
     round_samples: Mapping[int, Sequence[Sample]] | None = None,
+    accounts: Sequence[LedgerView] | None = None,
 ) -> Path:
     """Write ``build_report`` to ``path``: the whole new file or, on any failure, the old one untouched."""
     path = Path(path)
-    html = build_report(summary, config, samples, round_samples=round_samples)
+    html = build_report(summary, config, samples, round_samples=round_samples, accounts=accounts)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -87,12 +106,19 @@ def write_report(
     return path
 
 
+def _of_study(summary: StudySummary, accounts: Sequence[LedgerView]) -> dict[str, LedgerView]:
+    """The study's own accounts by name; a ledger may hold those of other studies too."""
+    own = {plan.domain for plan in summary.plan.domains}
+    own |= {one.account for plan in summary.plan.domains for one in plan.validation}
+    return {account.domain: account for account in accounts if account.domain in own}
+
+
 @cache
 def _template() -> "Template":
     from jinja2 import DictLoader, Environment, StrictUndefined
 
     folder = files("fedmentor_core.report")
-    names = ("report.html.j2", "style.css.j2")
+    names = ("report.html.j2", "macros.html.j2", "privacy.html.j2", "style.css.j2")
     sources = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in names}
     environment = Environment(
         loader=DictLoader(sources),

@@ -1,12 +1,12 @@
-"""The report's figures: which records go into which chart."""
+"""The report's figures of scores and cost: which records go into which chart."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 
 from fedmentor_core.records import ClientSummary, StudySummary
 from fedmentor_core.report import words
-from fedmentor_core.report.svg import Bound, BudgetRow, Series, bar_chart, budget_bars, line_chart, swatch
+from fedmentor_core.report.metric_noise import MetricNoise
+from fedmentor_core.report.svg import Bound, Series, bar_chart, line_chart, stamped, swatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,11 @@ class LegendItem:
 
     name: str
     key: str
+
+
+def marked(figures: Sequence[Figure], text: str) -> list[Figure]:
+    """``figures`` with ``text`` written across each, so that one copied out of the report still says it."""
+    return [replace(figure, svg=stamped(figure.svg, text)) for figure in figures]
 
 
 def domain_order(summary: StudySummary) -> list[str]:
@@ -58,59 +63,15 @@ def safety_figures(summary: StudySummary) -> list[Figure]:
     ]
 
 
-def noise_figure(summary: StudySummary) -> Figure:
-    """Noise multiplier of each domain in each round; a ring marks a change."""
-    lines = []
-    for slot, domain in enumerate(domain_order(summary)):
-        values = _client_values(summary, domain, lambda client: client.noise_multiplier)
-        known = [(i, value) for i, value in enumerate(values) if value is not None]
-        changed = {i for (_, before), (i, value) in pairwise(known) if value != before}
-        lines.append(Series(domain, tuple(values), slot, frozenset(changed)))
-    changes = sum(len(line.rings) for line in lines)
-    note = "More noise is more private. " + (
-        "A ring marks a round whose noise differs from the round before." if changes else "It never changed."
-    )
-    alt = "Noise multiplier by round. " + _first_and_last(lines, lambda v: words.significant(v))
-    svg = line_chart(lines, _round_labels(summary), alt=alt, show=lambda v: words.significant(v), least_span=0.2)
-    return Figure("Noise multiplier", note if svg else "No noise was added.", svg)
-
-
-def epsilon_figure(summary: StudySummary) -> Figure:
-    """Epsilon spent against budget, by domain, each round a segment."""
-    rows = []
-    offset = words.round_offset(summary)
-    before_by_domain = {plan.domain: plan.epsilon_spent_before or 0.0 for plan in summary.plan.domains}
-    for slot, domain in enumerate(domain_order(summary)):
-        clients = [(one.round_index, c) for one in summary.rounds for c in one.clients if c.domain == domain]
-        budget = next((c.epsilon_budget for _, c in clients if c.epsilon_budget is not None), None)
-        spent = [(index, c.epsilon_spent) for index, c in clients if c.epsilon_spent is not None]
-        if budget is None or not spent:
-            continue
-        level = before_by_domain.get(domain, 0.0)
-        parts = [("before this study", level)] if level > 0 else []
-        for index, total in spent:
-            if total > level:
-                parts.append((f"round {index + offset}", total - level))
-                level = total
-        note = f"{words.significant(level)} of {words.significant(budget)} ({100 * level / budget:.0f} %)"
-        rows.append(BudgetRow(domain, slot, budget, tuple(parts), note))
-    alt = "Epsilon spent of budget. " + "; ".join(f"{row.name}: {row.note}" for row in rows)
-    svg = budget_bars(rows, alt=alt, show=lambda v: words.significant(v))
-    note = "The whole bar is the lifetime budget; each filled segment is one round's cost."
-    return Figure("Privacy budget spent (epsilon)", note if svg else "No budget was spent.", svg)
-
-
 def cost_figures(summary: StudySummary) -> list[Figure]:
     """Bytes and seconds of each client in each round."""
-    labels = _round_labels(summary)
+    labels = round_labels(summary)
     domains = domain_order(summary)
     traffic = [
-        Series(d, tuple(_client_values(summary, d, lambda c: float(c.bytes_up + c.bytes_down))), slot)
+        Series(d, tuple(client_values(summary, d, lambda c: float(c.bytes_up + c.bytes_down))), slot)
         for slot, d in enumerate(domains)
     ]
-    seconds = [
-        Series(d, tuple(_client_values(summary, d, lambda c: c.seconds)), slot) for slot, d in enumerate(domains)
-    ]
+    seconds = [Series(d, tuple(client_values(summary, d, lambda c: c.seconds)), slot) for slot, d in enumerate(domains)]
     figures = []
     traffic_note = "Adapter bytes up and down together."
     time_note = "From receiving the adapter to releasing the update."
@@ -118,7 +79,7 @@ def cost_figures(summary: StudySummary) -> list[Figure]:
         ("Traffic per client", traffic_note, traffic, words.show_bytes),
         ("Time per client", time_note, seconds, words.show_seconds),
     ):
-        alt = f"{title} by round. " + _first_and_last(lines, show)
+        alt = f"{title} by round. " + first_and_last(lines, show)
         figures.append(Figure(title, note, bar_chart(lines, labels, alt=alt, show=show)))
     return figures
 
@@ -134,15 +95,22 @@ def _metric_figure(
     info = words.METRIC[key]
     stages = [summary.baseline_gate, *(one.metrics for one in summary.rounds)]
     domains = domain_order(summary)
+    noise = MetricNoise() if key == "toxicity_max" else MetricNoise.of(summary.plan, "gate")
     lines = [
-        Series(domain, tuple(words.get(stage.by_domain.get(domain), key) for stage in stages), slot)
+        Series(
+            domain,
+            tuple(words.get(stage.by_domain.get(domain), key) for stage in stages),
+            slot,
+            errors=_errors(noise.of_domain(domain), len(stages)),
+        )
         for slot, domain in enumerate(domains)
     ]
     if len(domains) > 1:
         name = "highest of all domains" if key == "toxicity_max" else "all domains (mean)"
-        lines.append(Series(name, tuple(words.get(stage, key) for stage in stages)))
-    labels = ["0", *_round_labels(summary)]
-    told = _first_and_last(lines, info.show)
+        values = tuple(words.get(stage, key) for stage in stages)
+        lines.append(Series(name, values, errors=_errors(noise.of_mean(domains), len(stages))))
+    labels = ["0", *round_labels(summary)]
+    told = first_and_last(lines, info.show)
     alt = f"{info.label} on the gate set by round, from the untrained model. {told}"
     axis: Callable[[float], str] = (
         (lambda v: f"{words.significant(100 * v)} %") if info.percent else lambda v: words.significant(v)
@@ -161,6 +129,10 @@ def _metric_figure(
     return Figure(info.label, note, svg)
 
 
+def _errors(std: float | None, n: int) -> tuple[float | None, ...]:
+    return () if std is None else (std,) * n
+
+
 def _gate_bounds(summary: StudySummary, key: str, show: Callable[[float], str]) -> list[Bound]:
     """The overall thresholds of the last round; a bound that moved is still one line, the newest."""
     if not summary.rounds:
@@ -173,12 +145,13 @@ def _gate_bounds(summary: StudySummary, key: str, show: Callable[[float], str]) 
     return list(found.values())
 
 
-def _round_labels(summary: StudySummary) -> list[str]:
+def round_labels(summary: StudySummary) -> list[str]:
+    """The round axis: the reader's first round is 1."""
     offset = words.round_offset(summary)
     return [str(one.round_index + offset) for one in summary.rounds]
 
 
-def _client_values(
+def client_values(
     summary: StudySummary, domain: str, value_of: Callable[[ClientSummary], float | None]
 ) -> list[float | None]:
     """One value per round: of a client that took part."""
@@ -189,7 +162,8 @@ def _client_values(
     return values
 
 
-def _first_and_last(lines: Sequence[Series], show: Callable[[float], str]) -> str:
+def first_and_last(lines: Sequence[Series], show: Callable[[float], str]) -> str:
+    """Where each line starts and ends, in words."""
     told = []
     for line in lines:
         known = [value for value in line.values if value is not None]

@@ -17,12 +17,20 @@ Format = Callable[[float], str]
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line, or one colour of bars. ``slot`` None is the overall line."""
+    """One line, or one colour of bars. ``slot`` None is the overall line.
+
+    ``errors`` holds half the length of each value's error bar; None or a missing place draws none.
+    """
 
     name: str
     values: tuple[float | None, ...]
     slot: int | None = None
     rings: frozenset[int] = field(default=frozenset())
+    errors: tuple[float | None, ...] = ()
+
+    def error(self, i: int) -> float | None:
+        """Half the length of the error bar of value ``i``."""
+        return self.errors[i] if i < len(self.errors) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +50,11 @@ def marker(slot: int | None, x: float, y: float, size: float = 4.0) -> str:
     """The slot's marker as a path around (x, y)."""
     s, d = size, 1.4 * size
     shapes = (
-        f"M{_n(x - s)} {_n(y)}a{_n(s)} {_n(s)} 0 1 0 {_n(2 * s)} 0a{_n(s)} {_n(s)} 0 1 0 {_n(-2 * s)} 0z",
-        f"M{_n(x - s)} {_n(y - s)}h{_n(2 * s)}v{_n(2 * s)}h{_n(-2 * s)}z",
-        f"M{_n(x)} {_n(y - 1.3 * s)}L{_n(x + 1.2 * s)} {_n(y + s)}H{_n(x - 1.2 * s)}z",
-        f"M{_n(x)} {_n(y - d)}L{_n(x + d)} {_n(y)}L{_n(x)} {_n(y + d)}L{_n(x - d)} {_n(y)}z",
-        f"M{_n(x)} {_n(y + 1.3 * s)}L{_n(x + 1.2 * s)} {_n(y - s)}H{_n(x - 1.2 * s)}z",
+        f"M{num(x - s)} {num(y)}a{num(s)} {num(s)} 0 1 0 {num(2 * s)} 0a{num(s)} {num(s)} 0 1 0 {num(-2 * s)} 0z",
+        f"M{num(x - s)} {num(y - s)}h{num(2 * s)}v{num(2 * s)}h{num(-2 * s)}z",
+        f"M{num(x)} {num(y - 1.3 * s)}L{num(x + 1.2 * s)} {num(y + s)}H{num(x - 1.2 * s)}z",
+        f"M{num(x)} {num(y - d)}L{num(x + d)} {num(y)}L{num(x)} {num(y + d)}L{num(x - d)} {num(y)}z",
+        f"M{num(x)} {num(y + 1.3 * s)}L{num(x + 1.2 * s)} {num(y - s)}H{num(x - 1.2 * s)}z",
     )
     return f'<path class="mk" d="{shapes[0 if slot is None else slot % len(shapes)]}"/>'
 
@@ -55,7 +63,7 @@ def swatch(slot: int | None) -> str:
     """The key of a line, for a legend."""
     return (
         f'<svg class="swatch {colour_class(slot)}" viewBox="0 0 30 14" aria-hidden="true">'
-        f'<path class="ln {_dash(slot)}" d="M1 7H29"/>{marker(slot, 15, 7)}</svg>'
+        f'<path class="ln {dash_class(slot)}" d="M1 7H29"/>{marker(slot, 15, 7)}</svg>'
     )
 
 
@@ -92,10 +100,10 @@ def line_chart(
         cap_at: the axis does not go above this, unless a value does.
         least_span: least height of the axis, so that noise is not blown up.
     """
-    values = [v for s in series for v in s.values if v is not None and isfinite(v)]
-    if not values:
+    spans = [(v, s.error(i) or 0.0) for s in series for i, v in enumerate(s.values) if v is not None and isfinite(v)]
+    if not spans:
         return ""
-    reach = values + [bound.value for bound in bounds]
+    reach = [v + sign * error for v, error in spans for sign in (-1, 1)] + [bound.value for bound in bounds]
     low, high = min(reach), max(reach)
     if high - low < least_span:
         middle = (low + high) / 2
@@ -106,36 +114,41 @@ def line_chart(
         high = max(cap_at, *reach)
         low = min(low, high - least_span)
     grid = ticks(low, high)
-    scale = _Scale(grid[0], grid[-1])
+    scale = Scale(grid[0], grid[-1])
     n = len(labels)
 
     def x_of(i: int) -> float:
         inner = WIDTH - LEFT - RIGHT - 16
         return LEFT + 8 + (inner / 2 if n == 1 else inner * i / (n - 1))
 
-    parts = [_open(alt, HEIGHT), *_y_axis(grid, scale, show), *_x_axis(labels, [x_of(i) for i in range(n)])]
+    parts = [open_chart(alt, HEIGHT), *y_axis(grid, scale, show), *x_axis(labels, [x_of(i) for i in range(n)])]
     for bound in bounds:
         y = scale(bound.value)
-        parts.append(f'<path class="bound" d="M{_n(LEFT)} {_n(y)}H{_n(WIDTH - RIGHT)}"/>')
-        above = _n(y - 5 if y > TOP + 14 else y + 13)
+        parts.append(f'<path class="bound" d="M{num(LEFT)} {num(y)}H{num(WIDTH - RIGHT)}"/>')
+        above = num(y - 5 if y > TOP + 14 else y + 13)
         # at the end of the line where the values are further away
         room = [min((abs(v - bound.value) for s in series if (v := s.values[end]) is not None), default=0.0)
                 for end in (0, -1)]  # fmt: skip
         end, x = ("", WIDTH - RIGHT) if room[1] >= room[0] else (" start", LEFT + 4)
-        parts.append(f'<text class="boundtext{end}" x="{_n(x)}" y="{above}">{escape(bound.label)}</text>')
-    for one in sorted(series, key=lambda s: s.slot is None):
-        points = [(x_of(i), v, i) for i, v in enumerate(one.values) if v is not None and isfinite(v)]
+        parts.append(f'<text class="boundtext{end}" x="{num(x)}" y="{above}">{escape(bound.label)}</text>')
+    spread = 4.0 if any(one.errors for one in series) else 0.0  # so that error bars do not cover each other
+    for k, one in enumerate(sorted(series, key=lambda s: s.slot is None)):
+        aside = spread * (k - (len(series) - 1) / 2)
+        points = [(x_of(i) + aside, v, i) for i, v in enumerate(one.values) if v is not None and isfinite(v)]
         path, previous = "", -2
         for x, v, i in points:
-            path += f"{'L' if i == previous + 1 else 'M'}{_n(x)} {_n(scale(v))}"
+            path += f"{'L' if i == previous + 1 else 'M'}{num(x)} {num(scale(v))}"
             previous = i
-        parts.append(f'<g class="{colour_class(one.slot)}"><path class="ln {_dash(one.slot)}" d="{path}"/>')
+        parts.append(f'<g class="{colour_class(one.slot)}"><path class="ln {dash_class(one.slot)}" d="{path}"/>')
         for x, v, i in points:
-            tip = f"<title>{escape(f'{one.name}, {_round_words(labels[i])}: {show(v)}')}</title>"
-            circle = f'<circle class="ring" cx="{_n(x)}" cy="{_n(scale(v))}" r="8.5"/>'
+            error = one.error(i)
+            within = "" if error is None else f" ± {show(error)}"
+            tip = f"<title>{escape(f'{one.name}, {round_words(labels[i])}: {show(v)}{within}')}</title>"
+            bar = "" if error is None else _error_bar(x, scale(v + error), scale(v - error))
+            circle = f'<circle class="ring" cx="{num(x)}" cy="{num(scale(v))}" r="8.5"/>'
             ring = circle if i in one.rings else ""
             small = 4.0 if n <= 25 else 2.5
-            parts.append(f"<g>{tip}{ring}{marker(one.slot, x, scale(v), small)}</g>")
+            parts.append(f"<g>{tip}{bar}{ring}{marker(one.slot, x, scale(v), small)}</g>")
         parts.append("</g>")
     parts.append("</svg>")
     return "".join(parts)
@@ -149,21 +162,21 @@ def bar_chart(series: Sequence[Series], labels: Sequence[str], *, alt: str, show
     if not values:
         return ""
     grid = ticks(0.0, max(max(values), 1e-9))
-    scale = _Scale(0.0, grid[-1])
+    scale = Scale(0.0, grid[-1])
     band = (WIDTH - LEFT - RIGHT) / len(labels)
     bar = min(26.0, 0.8 * band / len(series))
     centres = [LEFT + band * (i + 0.5) for i in range(len(labels))]
-    parts = [_open(alt, HEIGHT), *_y_axis(grid, scale, show), *_x_axis(labels, centres)]
+    parts = [open_chart(alt, HEIGHT), *y_axis(grid, scale, show), *x_axis(labels, centres)]
     for k, one in enumerate(series):
         parts.append(f'<g class="{colour_class(one.slot)}">')
         for i, value in enumerate(one.values):
             if value is None:
                 continue
             x, y = centres[i] + bar * (k - len(series) / 2), scale(value)
-            tip = escape(f"{one.name}, {_round_words(labels[i])}: {show(value)}")
+            tip = escape(f"{one.name}, {round_words(labels[i])}: {show(value)}")
             parts.append(
-                f'<rect class="bar" x="{_n(x + 0.75)}" y="{_n(y)}" width="{_n(max(bar - 1.5, 1))}" '
-                f'height="{_n(max(scale(0.0) - y, 0))}" rx="1.5"><title>{tip}</title></rect>'
+                f'<rect class="bar" x="{num(x + 0.75)}" y="{num(y)}" width="{num(max(bar - 1.5, 1))}" '
+                f'height="{num(max(scale(0.0) - y, 0))}" rx="1.5"><title>{tip}</title></rect>'
             )
         parts.append("</g>")
     parts.append("</svg>")
@@ -189,14 +202,14 @@ def budget_bars(rows: Sequence[BudgetRow], *, alt: str, show: Format) -> str:
     height = top + pitch * len(rows) + 4
     longest = max(max(row.budget, sum(p for _, p in row.parts)) for row in rows) or 1.0
     width = WIDTH - 4.0
-    parts = [_open(alt, height)]
+    parts = [open_chart(alt, height)]
     for k, row in enumerate(rows):
         y = top + pitch * k
         track = width * row.budget / longest
-        parts.append(f'<text class="rowname" x="2" y="{_n(y + 12)}">{escape(_shorten(row.name, 34))}</text>')
-        parts.append(f'<text class="rownote" x="{_n(WIDTH - 2)}" y="{_n(y + 12)}">{escape(row.note)}</text>')
+        parts.append(f'<text class="rowname" x="2" y="{num(y + 12)}">{escape(_shorten(row.name, 34))}</text>')
+        parts.append(f'<text class="rownote" x="{num(WIDTH - 2)}" y="{num(y + 12)}">{escape(row.note)}</text>')
         parts.append(
-            f'<rect class="track" x="2" y="{_n(y + 19)}" width="{_n(track)}" height="13" rx="2"/>'
+            f'<rect class="track" x="2" y="{num(y + 19)}" width="{num(track)}" height="13" rx="2"/>'
             f'<g class="{colour_class(row.slot)}">'
         )
         x = 2.0
@@ -204,65 +217,89 @@ def budget_bars(rows: Sequence[BudgetRow], *, alt: str, show: Format) -> str:
             length = width * part / longest
             tip = escape(f"{row.name}, {label}: {show(part)}")
             parts.append(
-                f'<rect class="bar" x="{_n(x)}" y="{_n(y + 19)}" height="13" '
-                f'width="{_n(max(length - 1, 0.5))}">'
+                f'<rect class="bar" x="{num(x)}" y="{num(y + 19)}" height="13" '
+                f'width="{num(max(length - 1, 0.5))}">'
                 f"<title>{tip}</title></rect>"
             )
             x += length
-        cap = f"M{_n(2 + track)} {_n(y + 16)}v19"
+        cap = f"M{num(2 + track)} {num(y + 16)}v19"
         tip = escape(f"budget: {show(row.budget)}")
         parts.append(f'</g><path class="cap" d="{cap}"><title>{tip}</title></path>')
     parts.append("</svg>")
     return "".join(parts)
 
 
-class _Scale:
+def stamped(chart: str, text: str) -> str:
+    """``chart`` with ``text`` written across it, in its picture and in its words; an empty chart stays empty."""
+    if not chart:
+        return ""
+    label = escape(text, quote=True)
+    head, _, body = chart.partition('aria-label="')
+    mark = f'<text class="stamp" x="{num((LEFT + WIDTH - RIGHT) / 2)}" y="{num(TOP + 12)}">{escape(text)}</text>'
+    return f'{head}aria-label="{label}. {body.removesuffix("</svg>")}{mark}</svg>'
+
+
+class Scale:
+    """Height on a chart of a value in [low, high]."""
+
     def __init__(self, low: float, high: float) -> None:
+        """The axis from ``low``, at its foot, to ``high``."""
         self.low, self.high = low, high
 
     def __call__(self, value: float) -> float:
+        """The y coordinate of ``value``."""
         share = (value - self.low) / max(self.high - self.low, 1e-12)
         return TOP + (HEIGHT - TOP - BOTTOM) * (1 - share)
 
 
-def _open(alt: str, height: float) -> str:
+def open_chart(alt: str, height: float) -> str:
+    """The opening tag of a chart; ``alt`` is what a reader who cannot see it is told."""
     label = escape(alt, quote=True)
-    return f'<svg class="chart" viewBox="0 0 {_n(WIDTH)} {_n(height)}" role="img" aria-label="{label}">'
+    return f'<svg class="chart" viewBox="0 0 {num(WIDTH)} {num(height)}" role="img" aria-label="{label}">'
 
 
-def _y_axis(grid: Sequence[float], scale: _Scale, show: Format) -> list[str]:
+def y_axis(grid: Sequence[float], scale: Scale, show: Format) -> list[str]:
+    """Grid lines with their values."""
     parts = []
     for value in grid:
         y = scale(value)
-        parts.append(f'<path class="grid" d="M{_n(LEFT)} {_n(y)}H{_n(WIDTH - RIGHT)}"/>')
-        parts.append(f'<text class="ytick" x="{_n(LEFT - 7)}" y="{_n(y + 4)}">{escape(show(value))}</text>')
+        parts.append(f'<path class="grid" d="M{num(LEFT)} {num(y)}H{num(WIDTH - RIGHT)}"/>')
+        parts.append(f'<text class="ytick" x="{num(LEFT - 7)}" y="{num(y + 4)}">{escape(show(value))}</text>')
     return parts
 
 
-def _x_axis(labels: Sequence[str], xs: Sequence[float]) -> list[str]:
+def x_axis(labels: Sequence[str], xs: Sequence[float]) -> list[str]:
+    """Round numbers, as many as have room."""
     every = max(1, -(-len(labels) // 11))
     parts = [
-        f'<text class="xtick" x="{_n(xs[i])}" y="{_n(HEIGHT - BOTTOM + 17)}">{escape(label)}</text>'
+        f'<text class="xtick" x="{num(xs[i])}" y="{num(HEIGHT - BOTTOM + 17)}">{escape(label)}</text>'
         for i, label in enumerate(labels)
         if i % every == 0
     ]
-    parts.append(f'<text class="xname" x="{_n(WIDTH - RIGHT)}" y="{_n(HEIGHT - 3)}">round</text>')
+    parts.append(f'<text class="xname" x="{num(WIDTH - RIGHT)}" y="{num(HEIGHT - 3)}">round</text>')
     return parts
 
 
-def _round_words(label: str) -> str:
+def round_words(label: str) -> str:
+    """A round's label in words."""
     return "untrained" if label == "0" else f"round {label}"
 
 
-def _dash(slot: int | None) -> str:
+def dash_class(slot: int | None) -> str:
+    """CSS class that sets the dash of ``slot``."""
     return "all" if slot is None else f"d{(slot // N_COLOURS) % 3}"
+
+
+def _error_bar(x: float, top: float, bottom: float) -> str:
+    path = f"M{num(x)} {num(top)}V{num(bottom)}M{num(x - 4)} {num(top)}h8M{num(x - 4)} {num(bottom)}h8"
+    return f'<path class="error" d="{path}"/>'
 
 
 def _shorten(text: str, n: int) -> str:
     return text if len(text) <= n else text[: n - 1] + "…"
 
 
-def _n(value: float) -> str:
+def num(value: float) -> str:
     """Two decimals at most: short, and the same on every machine."""
     text = f"{value:.2f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text

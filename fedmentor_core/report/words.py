@@ -1,6 +1,7 @@
 """Numbers and states as a reader should see them."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, exp, floor, log10
 from typing import Literal
@@ -10,6 +11,8 @@ from fedmentor_core.records import Metrics, StudySummary
 
 MINUS = "−"
 NONE = "–"
+NOT_PRIVATE = "NOT PRIVATE"
+"""The mark of a study whose noise was off or seeded, wherever its numbers go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +132,11 @@ def round_offset(summary: StudySummary) -> int:
     return 1 if summary.rounds and min(r.round_index for r in summary.rounds) == 0 else 0
 
 
-def privacy_verdict(summary: StudySummary, config: StudyConfig) -> tuple[bool, str]:
-    """Whether the study may be called private, and why; any doubt counts against it."""
+def privacy_verdict(summary: StudySummary, config: StudyConfig, doubts: Sequence[str] = ()) -> tuple[bool, str]:
+    """Whether the study may be called private, and why; any doubt counts against it.
+
+    ``doubts`` are further reasons against it, such as what the ledgers say.
+    """
     reasons = []
     if config.privacy.mode == "none":
         reasons.append("privacy was switched off: the clients trained without noise")
@@ -138,6 +144,7 @@ def privacy_verdict(summary: StudySummary, config: StudyConfig) -> tuple[bool, s
         reasons.append("a client trained with no privacy cost on record")
     if config.privacy.noise_seed is not None:
         reasons.append("the noise was seeded, so whoever knows the seed can take it away")
+    reasons += doubts
     if not (summary.private and config.is_private) and not reasons:
         reasons.append("the study itself recorded that it was not private")
     if reasons:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedmentor_core import client_round
-from fedmentor_core.adapters.lora import state_from_bytes, state_to_bytes
+from fedmentor_core.adapters.lora import metadata_from_bytes, state_from_bytes, state_to_bytes
 from fedmentor_core.client_round import run_client
 from fedmentor_core.config_io import validate_config
 from fedmentor_core.errors import IntegrityError, LedgerError, StorageError
@@ -184,6 +184,63 @@ def test_released_bytes_that_were_changed_are_not_handed_out(
     assert update.attempt == 1
     assert kinds(workspace).count("charge") == 2
     check_account(workspace, update)
+
+
+def test_released_bytes_of_another_global_adapter_are_not_handed_out(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assignment = asked(workspace)
+    with monkeypatch.context() as patch:
+        patch.setattr(client_round, "_commit", die)
+        with pytest.raises(DeathError):
+            run_client(workspace, assignment)
+    state = {name: tensor + 1 for name, tensor in workspace.get_adapter(assignment.global_adapter).items()}
+    moved = assignment.model_copy(update={"global_adapter": workspace.put_adapter(state)})
+    update = run_client(workspace, moved)
+    assert update.attempt == 1
+    assert update.base_adapter_sha256 == moved.global_adapter.sha256
+    assert update.update is not None
+    said = metadata_from_bytes(workspace.store.get(update.update))
+    assert said["base_sha256"] == moved.global_adapter.sha256
+    assert kinds(workspace).count("charge") == 2
+    check_account(workspace, update)
+
+
+def test_a_night_stays_within_its_share_whatever_fails(
+    tiny_study: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attempt after attempt dies: the night ends at its share, and the next night has as much as was planned."""
+    tiny_study["privacy"] = {"planned_runs": 3}
+    workspace = Workspace(open_study(validate_config(tiny_study), tmp_path / "out"))
+    plan = workspace.plan.domains[0]
+    assert plan.run_rdp_budget is not None
+    assert plan.rdp_budget is not None
+    assert plan.run_rdp_budget == pytest.approx(plan.rdp_budget / 3)
+    monkeypatch.setattr(client_round, "_train", die)
+    for _ in range(20):
+        try:
+            update = run_client(workspace, asked(workspace))
+            break
+        except DeathError:
+            continue
+    else:
+        pytest.fail("the share never ran out")
+    assert update.status == "rested"
+    assert "tonight's share" in update.reason
+    assert 0 < workspace.ledger("one").spent_rdp() <= plan.run_rdp_budget
+    assert raw_entries(workspace)[0]["planned_runs"] == 3
+    check_account(workspace, update)
+
+
+def test_charges_say_level_and_seed(tiny_study: dict, tmp_path: Path) -> None:
+    for seed in (None, 4):
+        tiny_study["privacy"] = {"noise_seed": seed}
+        workspace = Workspace(open_study(validate_config(tiny_study), tmp_path / f"out-{seed}"))
+        run_client(workspace, asked(workspace))
+        plan, charge = raw_entries(workspace)[:2]
+        assert (plan["privacy_level"], plan["privacy_unit"]) == ("unit", "post")
+        assert (charge["privacy_level"], charge["seeded"]) == ("unit", seed is not None)
+        assert workspace.ledger("one").view().private is (seed is None)
 
 
 def test_broken_ledger_stops_before_training(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,14 @@ import json
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedmentor_core.errors import BudgetError, LedgerError
 from fedmentor_core.hashing import canonical_json, sha256_bytes
 from fedmentor_core.privacy.filter import PrivacyAccount
-from fedmentor_core.privacy.ledger import Ledger, ledger_domains
+from fedmentor_core.privacy.ledger import Ledger, Terms, ledger_domains
 from fedmentor_core.storage.local import LocalStore
 
 ORDER, NOISE, RATE, STEPS = 8.0, 1.0, 0.1, 4
@@ -38,16 +39,25 @@ def open_ledger(root: Path, account: PrivacyAccount = ACCOUNT) -> Ledger:
     return ledger
 
 
-def charge(ledger: Ledger, round_index: int = 0, *, account: PrivacyAccount = ACCOUNT, noise: float = NOISE) -> None:
+def charge(
+    ledger: Ledger,
+    round_index: int = 0,
+    *,
+    account: PrivacyAccount = ACCOUNT,
+    noise: float = NOISE,
+    run_id: str = "run",
+    **more: Any,
+) -> None:
     ledger.charge(
         account,
-        run_id="run",
+        run_id=run_id,
         round_index=round_index,
-        attempt=ledger.next_attempt("run", round_index),
+        attempt=ledger.next_attempt(run_id, round_index),
         dataset_fingerprint="f" * 64,
         noise_multiplier=noise,
         sample_rate=RATE,
         steps=STEPS,
+        **more,
     )
 
 
@@ -169,10 +179,12 @@ def test_another_domains_account_is_not_ours(root: Path) -> None:
         Ledger(LocalStore(root), "two").entries()
 
 
-def test_entry_whose_bytes_are_not_canonical_is_detected(root: Path) -> None:
+@pytest.mark.parametrize("sequence", [1, 3])
+def test_entry_whose_bytes_are_not_canonical_is_detected_even_when_it_was_witnessed(root: Path, sequence: int) -> None:
     filled(root)
-    path = entry_file(root, 1)
+    path = entry_file(root, sequence)
     path.write_text(json.dumps(json.loads(path.read_bytes()), indent=1))
+    (root / "ledger-witnesses" / "one" / path.stem).write_text(sha256_bytes(path.read_bytes()))
     assert_fails_closed(root)
 
 
@@ -246,6 +258,175 @@ def test_attempts_are_counted_per_run_and_round(root: Path) -> None:
     assert ledger.next_attempt("run", 0) == 1
     assert ledger.next_attempt("run", 5) == 0
     assert ledger.next_attempt("other", 0) == 0
+
+
+def rechain(root: Path) -> None:
+    """Make the chain and its witnesses anew around whatever the entries say."""
+    previous = ""
+    for path in sorted((root / "ledgers" / "one").glob("*.json")):
+        rewrite(path, previous=previous)
+        previous = sha256_bytes(path.read_bytes())
+        (root / "ledger-witnesses" / "one" / path.stem).write_text(previous)
+
+
+NEW_FIELDS = (
+    "privacy_level", "privacy_unit", "sensitivity", "planned_runs", "policy_sha256", "seeded", "adapter_sha256",
+)  # fmt: skip
+
+
+def test_entries_of_an_older_version_stay_valid_and_in_force(root: Path) -> None:
+    filled(root)
+    for path in sorted((root / "ledgers" / "one").glob("*.json")):
+        plain = json.loads(path.read_bytes())
+        path.write_bytes(canonical_json({name: value for name, value in plain.items() if name not in NEW_FIELDS}))
+    rechain(root)
+    old = entry_file(root, 1).read_bytes()
+    assert b"seeded" not in old
+    ledger = Ledger(LocalStore(root), "one")
+    assert ledger.account() == ACCOUNT
+    assert ledger.spent_rdp() == pytest.approx(2 * COST)
+    charge(ledger, 2)  # a new entry, with all fields, on top of the old ones
+    assert ledger.spent_rdp() == pytest.approx(3 * COST)
+    assert [e["sha256"] for e in ledger.view().entries[:-1]] == [e["previous"] for e in ledger.view().entries[1:]]
+    assert entry_file(root, 1).read_bytes() == old
+    rewrite(entry_file(root, 1), steps=STEPS - 1)
+    assert_fails_closed(root)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"unheard_of": 1}, {"steps": "4"}, {"kind": "gift"}, {"rdp_charge": None}],
+    ids=str,
+)
+def test_entry_that_this_version_does_not_understand_is_refused_even_in_a_sound_chain(
+    root: Path, changes: dict[str, object]
+) -> None:
+    filled(root)
+    rewrite(entry_file(root, 3), **changes)
+    rechain(root)
+    assert_fails_closed(root)
+
+
+@pytest.mark.parametrize("kind", ["charge", "evaluation"])
+def test_undercharged_entries_of_both_kinds_stop_the_account(root: Path, kind: str) -> None:
+    filled(root)
+    rewrite(entry_file(root, 1), kind=kind)
+    rechain(root)
+    ledger = Ledger(LocalStore(root), "one")
+    charge(ledger, 2)  # the full price, whichever of the two kinds paid it
+    assert ledger.spent_rdp() == pytest.approx(3 * COST)
+    rewrite(entry_file(root, 1), rdp_charge=COST * 0.99)
+    rechain(root)
+    with pytest.raises(LedgerError, match="less than its steps cost"):
+        charge(ledger, 3)
+
+
+def test_plan_entry_holds_everything_that_was_promised(root: Path) -> None:
+    terms = Terms("unit", "patient_id", "high", 30, "p" * 64)
+    ledger = Ledger(LocalStore(root), "one")
+    ledger.open_account(ACCOUNT, run_id="run", dataset_fingerprint="f" * 64, terms=terms)
+    stored = json.loads(entry_file(root, 0).read_bytes())
+    assert {name: stored[name] for name in ("epsilon_budget", "delta", "rdp_order", "rdp_budget")} == {
+        "epsilon_budget": ACCOUNT.epsilon,
+        "delta": ACCOUNT.delta,
+        "rdp_order": ORDER,
+        "rdp_budget": ACCOUNT.rdp_budget,
+    }
+    assert (stored["privacy_level"], stored["privacy_unit"], stored["sensitivity"]) == ("unit", "patient_id", "high")
+    assert (stored["planned_runs"], stored["policy_sha256"]) == (30, "p" * 64)
+
+
+def test_changed_terms_are_recorded_and_never_change_the_promise(root: Path) -> None:
+    ledger = Ledger(LocalStore(root), "one")
+
+    def opened(terms: Terms | None) -> PrivacyAccount:
+        return ledger.open_account(ACCOUNT, run_id="run", dataset_fingerprint="f" * 64, terms=terms)
+
+    for terms in (Terms(privacy_unit="post"), Terms(privacy_unit="post"), None):
+        assert opened(terms) == ACCOUNT
+    assert len(ledger.entries()) == 1
+    for planned_runs in (30, 30, 10):
+        assert opened(Terms(privacy_unit="post", planned_runs=planned_runs)) == ACCOUNT
+    assert [(entry.kind, entry.planned_runs) for entry in ledger.entries()] == [("plan", 1), ("plan", 30), ("plan", 10)]
+    assert ledger.account() == ACCOUNT
+    for other in (Terms(privacy_level="client", privacy_unit="post"), Terms(privacy_unit="patient")):
+        with pytest.raises(BudgetError, match="one budget cannot speak of both"):
+            opened(other)
+        assert ledger.terms_refusal(other) is not None
+    assert ledger.terms_refusal(Terms(privacy_unit="post", planned_runs=5)) is None
+    assert len(ledger.entries()) == 3
+
+
+@pytest.mark.parametrize(("opened", "asked"), [("unit", "client"), ("client", "unit")])
+def test_account_of_one_level_is_never_charged_at_the_other(root: Path, opened: str, asked: str) -> None:
+    ledger = Ledger(LocalStore(root), "one")
+    terms = Terms(privacy_level=opened)  # type: ignore[arg-type]
+    ledger.open_account(ACCOUNT, run_id="run", dataset_fingerprint="f" * 64, terms=terms)
+    with pytest.raises(BudgetError, match=f"opened for level '{opened}'"):
+        charge(ledger, privacy_level=asked)
+    assert [entry.kind for entry in ledger.entries()] == ["plan", "refusal"]
+    charge(ledger, privacy_level=opened)
+    assert ledger.spent_rdp() == pytest.approx(COST)
+    assert ledger.entries()[-1].privacy_level == opened
+
+
+def test_charge_beyond_the_runs_share_is_refused_and_says_that_it_is_the_share(root: Path) -> None:
+    ledger = open_ledger(root)
+    share = 2.5 * COST
+    charge(ledger, 0, run_rdp_budget=share)
+    charge(ledger, 1, run_rdp_budget=share)
+    with pytest.raises(BudgetError, match="tonight's share") as refused:
+        charge(ledger, 2, run_rdp_budget=share)
+    assert "the rest is kept for later runs" in str(refused.value)
+    assert ledger.entries()[-1].kind == "refusal"
+    assert ledger.entries()[-1].reason == str(refused.value)
+    assert ledger.spent_rdp() == pytest.approx(2 * COST)
+    charge(ledger, 2, run_rdp_budget=float("inf"))  # a later run's share, or none, goes on
+    with pytest.raises(BudgetError, match="tonight's share"):
+        charge(ledger, 3, run_rdp_budget=float("nan"))
+    with pytest.raises(BudgetError, match="lifetime epsilon"):
+        charge(ledger, 3, noise=0.2, run_rdp_budget=share)
+
+
+def charge_within_share(root: str, writer: int, tries: int) -> int:
+    """Charge as often as the share admits; how often that was."""
+    ledger, admitted = Ledger(LocalStore(Path(root)), "one"), 0
+    for attempt in range(tries):
+        try:
+            charge(ledger, attempt, run_id=f"writer-{writer}", run_rdp_budget=4.5 * COST)
+            admitted += 1
+        except BudgetError:
+            pass
+    return admitted
+
+
+def test_concurrent_writers_never_pass_the_share_together(root: Path) -> None:
+    open_ledger(root)
+    with ThreadPoolExecutor(4) as pool:
+        admitted = list(pool.map(lambda writer: charge_within_share(str(root), writer, 3), range(4)))
+    entries = Ledger(LocalStore(root), "one").entries()
+    assert [entry.kind for entry in entries].count("charge") == sum(admitted) == 4
+    assert [entry.kind for entry in entries].count("refusal") == 12 - 4
+    assert Ledger(LocalStore(root), "one").spent_rdp() <= 4.5 * COST
+
+
+def test_charge_is_decided_again_after_a_lost_race(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other writer's charge lands between this one's look and its write: it must count."""
+    ledger, other = open_ledger(root), Ledger(LocalStore(root), "one")
+    raced = []
+
+    def late(store: LocalStore, key: str, data: bytes) -> None:
+        if key.startswith("ledgers/") and not raced:
+            raced.append(key)
+            charge(other, 0, run_id="other", run_rdp_budget=1.5 * COST)
+        put(store, key, data)
+
+    put = LocalStore.put_bytes
+    monkeypatch.setattr(LocalStore, "put_bytes", late)
+    with pytest.raises(BudgetError, match="tonight's share"):
+        charge(ledger, 0, run_rdp_budget=1.5 * COST)
+    assert raced == ["ledgers/one/00000001.json"]
+    assert [(entry.kind, entry.run_id) for entry in ledger.entries()[1:]] == [("charge", "other"), ("refusal", "run")]
 
 
 def spend_all(root: str, writer: int, tries: int) -> int:

@@ -146,7 +146,7 @@ def test_released_model_and_its_ledger_are_out_of_reach(study, tmp_path):
     workspace = run._prepare(released, tmp_path / "audit", None, N_CANARIES)
     assert workspace.store.url == workspace.ledger_store.url == (tmp_path / "audit" / "store").as_uri()
     assert not workspace.config.tracking.enabled
-    same = ("rounds", "training", "adapter", "domains", "adaptation", "seed", "backbone")
+    same = ("rounds", "training", "adapter", "adaptation", "seed", "backbone")
     assert all(getattr(workspace.config, name) == getattr(study, name) for name in same)
 
 
@@ -183,6 +183,9 @@ def test_nothing_to_audit_is_said(study, tmp_path):
         run_audit(without, tmp_path / "a")
     with pytest.raises(ConfigError, match="allowed: one"):
         run_audit(study, tmp_path / "a", domain="three")
+    per_client = study.model_copy(update={"privacy": study.privacy.model_copy(update={"level": "client"})})
+    with pytest.raises(ConfigError, match="allows 'unit' only"):
+        run_audit(per_client, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
@@ -400,10 +403,9 @@ def test_canaries_alone_convict_a_run_without_noise(tiny_study, tmp_path, monkey
         "steps_per_round": 4, "batch_size": 60, "microbatch_size": 64, "learning_rate": 1e-4, "rows_per_unit": "one",
     }  # fmt: skip
     tiny_study["domains"] = [tiny_study["domains"][0] | {"epsilon": 0.2}]
-    tiny_study["domains"][0]["source"]["n_units"] = 12
     monkeypatch.setattr(DPOptimizer, "add_noise", add_nothing)
     monkeypatch.setattr(filter_module, "choose_order", lambda *given: 60.0)  # any order is valid; finding one is slow
-    workspace = run._prepare(StudyConfig.model_validate(tiny_study), tmp_path / "a", None, 100)
+    workspace = run._prepare(StudyConfig.model_validate(tiny_study), tmp_path / "a", None, 100, units={"one": 108})
     trace = run.train_with_canaries(workspace)
     scores = gradient_scores(workspace, trace.of("one"), workspace.plan.domains[0])
     best, _ = best_bound(scores, workspace.canaries["one"].included, 1e-5)
@@ -449,6 +451,7 @@ def test_command_passes_fails_and_leaves_its_files(tiny_study, tmp_path, capsys,
     import yaml
 
     from flows import cli
+    from flows.auditing import units_of
 
     tiny_study["domains"] = tiny_study["domains"][:1]
     config = tmp_path / "tiny.yaml"
@@ -461,9 +464,10 @@ def test_command_passes_fails_and_leaves_its_files(tiny_study, tmp_path, capsys,
         captured = capsys.readouterr()
         return int(ended.value.code or 0), captured.out, captured.err
 
-    code, shown, _ = call("--out", str(tmp_path / "a"), "--json")
+    code, shown, _ = call("--out", str(tmp_path / "a"), "--units", "one=40", "--json")
     assert code == 0
     assert json.loads(shown)["passed"] is True
+    assert json.loads(shown)["domains"][0]["n_units"] == 40
     assert json.loads((tmp_path / "a" / "audit.json").read_text()) == json.loads(shown)
     page = (tmp_path / "a" / "audit.html").read_text()
     assert "cannot see" in page
@@ -479,3 +483,12 @@ def test_command_passes_fails_and_leaves_its_files(tiny_study, tmp_path, capsys,
     assert "FAILED" in shown
     assert "seeded noise" in shown
     assert "no proof of privacy" in " ".join(shown.split())
+    assert "cost no budget" in " ".join(shown.split())
+
+    code, _, message = call("--out", str(tmp_path / "c"), "--with-own-data")
+    assert code == 2
+    assert "privacy.ledger_url is not set" in message
+    for given in (["many"], ["one=x"], ["40", "one=40"]):
+        with pytest.raises(ConfigError, match="--units: got"):
+            units_of(StudyConfig.model_validate(tiny_study), given)
+    assert units_of(StudyConfig.model_validate(tiny_study), []) is None

@@ -11,24 +11,16 @@ import yaml
 
 from fedmentor_core.adapters.backbone import embedded_backbone_folder, load_backbone
 from fedmentor_core.adapters.lora import adapter_state, attach, resolved_targets, save_adapter_folder
+from fedmentor_core.audit.mechanism import Mechanism
 from fedmentor_core.config import AdapterConfig, BackboneConfig
 from fedmentor_core.errors import BackboneError, ConfigError, GateError
 from fedmentor_core.records import GateSummary
 from flows.generate import generate_command, read_questions
-from tasks import registry
-from tasks.registry import (
-    BackboneReference,
-    DomainPrivacy,
-    Registration,
-    RegistryError,
-    champion,
-    decide,
-    load_registered,
-    promote,
-    register_and_decide,
-    register_challenger,
-    rollback,
-)
+from tasks import registered_files, registry, registry_client
+from tasks.registered_files import load_registered
+from tasks.registration_records import BackboneReference, DomainPromise, Registration
+from tasks.registry import champion, decide, promote, register_and_decide, register_challenger, rollback
+from tasks.registry_client import RegistryError
 from tasks.tracking import mlflow_client
 
 PASSED = GateSummary(passed=True, reasons=())
@@ -100,7 +92,7 @@ def register(tracker, study, tiny_backbone, adapters):
     sha256 = load_backbone(BackboneConfig(name=str(tiny_backbone), device="cpu")).sha256
     reference = BackboneReference(name=str(tiny_backbone), sha256=sha256, max_length=128, max_new_tokens=6)
 
-    def registration(number: int, *, private: bool = True) -> Registration:
+    def registration(number: int, *, private: bool = True, audit_required: bool = False) -> Registration:
         run_id = tracker.start_study_run(study.config, f"run-{number}")
         return Registration(
             name=NAME,
@@ -108,12 +100,14 @@ def register(tracker, study, tiny_backbone, adapters):
             mlflow_run_id=run_id,
             config_sha256="c" * 64,
             private=private,
-            privacy=DomainPrivacy.of(study.round(1).clients),
+            promises=DomainPromise.of(study.summary()),
             backbone=reference,
+            mechanism=Mechanism.of(study.config, sha256),
+            audit_required=audit_required,
         )
 
-    def run(number: int, gate: GateSummary = PASSED, *, private: bool = True, **options):
-        request = registration(number, private=private)
+    def run(number: int, gate: GateSummary = PASSED, *, private: bool = True, audit_required=False, **options):
+        request = registration(number, private=private, audit_required=audit_required)
         return register_and_decide(tracker.tracking_uri, request, adapters[number], gate, **options)
 
     run.registration = registration
@@ -297,15 +291,25 @@ def test_resuming_an_old_study_does_not_take_back_its_aliases(register, tracking
     assert champion(tracking_uri, NAME).version == "2"
 
 
-@pytest.mark.parametrize("step", ["_save_model", "_ensure_registered_model", "_tag", "_verify_champion", "_summary"])
-def test_crash_at_any_step_then_resume(register, versions, tracking_uri, monkeypatch, step):
+@pytest.mark.parametrize(
+    ("module", "step"),
+    [
+        (registered_files, "_save_model"),
+        (registry, "ensure_registered_model"),
+        (registry, "set_tags"),
+        (registry, "verify_champion"),
+        (registry, "summary_of"),
+    ],
+    ids=lambda part: part if isinstance(part, str) else "",
+)
+def test_crash_at_any_step_then_resume(register, versions, tracking_uri, monkeypatch, module, step):
     register(0)
 
     def crash(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(registry, step, crash)
+        patch.setattr(module, step, crash)
         with pytest.raises(KeyboardInterrupt):
             register(1)
     assert champion(tracking_uri, NAME).version in ("1", "2")
@@ -318,14 +322,15 @@ def test_crash_at_any_step_then_resume(register, versions, tracking_uri, monkeyp
 
 def test_alias_moved_by_another_process_is_noticed(register, tracking_uri, monkeypatch):
     register(0)
-    real = registry._aliases
+    real = registry_client.aliases_of
     calls = []
 
     def stale(client, name):
         calls.append(name)
         return real(client, name) | {"champion": "1"}
 
-    monkeypatch.setattr(registry, "_aliases", stale)
+    monkeypatch.setattr(registry, "aliases_of", stale)
+    monkeypatch.setattr(registry_client, "aliases_of", stale)
     with pytest.raises(RegistryError, match="should be version 2"):
         register(1)
 
@@ -430,8 +435,9 @@ def test_embedded_backbone_end_to_end(tracker, study, tmp_path):
         mlflow_run_id=tracker.start_study_run(study.config, "run-1"),
         config_sha256="c" * 64,
         private=True,
-        privacy=DomainPrivacy.of(study.round(1).clients),
+        promises=DomainPromise.of(study.summary()),
         backbone=BackboneReference(name="embedded", sha256=sha256, max_length=192, max_new_tokens=8),
+        mechanism=Mechanism.of(study.config, sha256),
     )
     register_and_decide(tracker.tracking_uri, request, tmp_path / "adapter", PASSED)
     loaded = load_registered(tracker.tracking_uri, f"models:/{NAME}@champion")

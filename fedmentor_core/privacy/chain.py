@@ -1,0 +1,121 @@
+"""The hash chain under a ledger: entries that can be added, and neither changed, reordered, cut off nor lost unnoticed.
+
+Entries are objects ``ledgers/<account>/<sequence>.json`` created with create-if-absent, each holding the sha256 of
+the one before. Two writers racing for a sequence number: one wins, the other re-reads and decides again. A chain says
+nothing about its own last entry, so a witness with that entry's digest is kept under ``ledger-witnesses/``: an end cut
+off or changed is found too. (Who can rewrite entries and witnesses alike can still forge an account: keep the ledger's
+store where the site alone may write.)
+
+What is chained and checked is the stored bytes themselves, which must be canonical JSON. An entry that an older version
+wrote, with fewer fields, therefore stays valid; one with fields that this version does not know is refused.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from pydantic import ValidationError
+
+from fedmentor_core.errors import AlreadyExistsError, LedgerError, NotFoundError, StorageError
+from fedmentor_core.hashing import canonical_json, sha256_bytes
+from fedmentor_core.records import LedgerEntry
+from fedmentor_core.storage.base import ArtifactStore
+
+_MAX_RACES = 50
+
+
+class StoredEntry(NamedTuple):
+    """An entry with the digest of the bytes that it is stored as."""
+
+    entry: LedgerEntry
+    sha256: str
+
+
+class Chain:
+    """One account's chain in an artifact store."""
+
+    def __init__(self, store: ArtifactStore, account: str) -> None:
+        """Open ``account``'s chain; nothing is read or written yet."""
+        self._store = store
+        self.account = account
+
+    def read(self) -> list[StoredEntry]:
+        """Read and verify the whole chain.
+
+        Raises:
+            LedgerError: an entry is missing, torn, changed or out of order.
+        """
+        witnesses = list(self._store.list_keys(f"ledger-witnesses/{self.account}"))  # first, so none is ahead of us
+        found: list[StoredEntry] = []
+        previous = ""
+        for sequence, key in enumerate(self._store.list_keys(f"ledgers/{self.account}")):
+            if key != self._key(sequence):
+                raise self.broken(sequence, f"expected {self._key(sequence)}, found {key}")
+            try:
+                data = self._store.get_bytes(key)
+            except NotFoundError:
+                raise self.broken(sequence, "it vanished while it was read") from None
+            entry = self._parse(sequence, data)
+            if entry.sequence != sequence or entry.previous != previous or entry.domain != self.account:
+                raise self.broken(sequence, "its place in the chain does not match")
+            previous = sha256_bytes(data)
+            found.append(StoredEntry(entry, previous))
+        if witnesses and witnesses[-1] >= self._witness_key(len(found)):
+            raise self.broken(len(found), "it was written and is missing")
+        last = self._witness_key(len(found) - 1)
+        if last in witnesses and self._store.get_bytes(last) != previous.encode():
+            raise self.broken(len(found) - 1, "its digest is not the one that was witnessed")
+        return found
+
+    def append(self, make: Callable[[Sequence[StoredEntry]], LedgerEntry]) -> LedgerEntry:
+        """Add the entry that ``make`` makes of the whole chain, which no other writer has added to meanwhile.
+
+        Args:
+            make: called again after every lost race; must take ``sequence`` and ``previous`` from what it is given.
+
+        Raises:
+            LedgerError: the chain is broken, cannot be written, or other writers were always faster.
+            FedMentorError: whatever ``make`` raises; then nothing is added.
+        """
+        for _ in range(_MAX_RACES):
+            entry = make(self.read())
+            data = canonical_json(entry.model_dump(mode="json"))
+            try:
+                self._store.put_bytes(self._key(entry.sequence), data)
+            except AlreadyExistsError:
+                continue  # another writer won this number: read again, decide again
+            except StorageError as error:
+                raise LedgerError(f"ledger of {self.account!r} cannot be written: {error} Training stops.") from error
+            self._witness(entry.sequence, sha256_bytes(data))
+            return entry
+        raise LedgerError(f"ledger of {self.account!r}: {_MAX_RACES} writers were faster; try again later.")
+
+    def broken(self, sequence: int, why: str) -> LedgerError:
+        """The error of a chain that cannot be trusted from ``sequence`` on."""
+        return LedgerError(
+            f"ledger of {self.account!r} is broken at entry {sequence}: {why}. Nothing is charged or trained until it "
+            "is restored from a copy; never delete entries, for that would forget spent budget."
+        )
+
+    def _parse(self, sequence: int, data: bytes) -> LedgerEntry:
+        try:
+            plain = json.loads(data)
+            canonical = canonical_json(plain) == data
+            entry = LedgerEntry.model_validate_json(data, strict=True)
+        except (ValidationError, ValueError):
+            raise self.broken(sequence, "it is torn or not an entry") from None
+        if not canonical:
+            raise self.broken(sequence, "its bytes are not the canonical form")
+        return entry
+
+    def _witness(self, sequence: int, digest: str) -> None:
+        try:
+            self._store.put(self._witness_key(sequence), digest.encode())
+        except StorageError as error:
+            raise LedgerError(f"ledger of {self.account!r} cannot be witnessed: {error} Training stops.") from error
+
+    def _witness_key(self, sequence: int) -> str:
+        return f"ledger-witnesses/{self.account}/{sequence:08d}"
+
+    def _key(self, sequence: int) -> str:
+        return f"ledgers/{self.account}/{sequence:08d}.json"

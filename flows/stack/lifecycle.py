@@ -1,0 +1,227 @@
+"""``up``, ``status`` and ``down`` of a one-machine stack.
+
+``up`` brings what is written to life and leaves alone what already works, so it is safe to run twice and mends a stack
+of which a part died. Every process is written down as soon as it is started, so that ``down`` finds it whatever
+happened to the command that started it.
+"""
+
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from fedmentor_core.errors import ConfigError
+from flows.stack import health, processes, provisioning
+from flows.stack.health import PrefectApi, StackStatus, check
+from flows.stack.services import MLFLOW, PREFECT, S3, WORKER, Service, require_s3_server, services
+from flows.stack.settings import HOST, POSTGRES_VARIABLE, StackError, StackSettings
+from flows.stack.state import StackFolder, StackState
+
+Say = Callable[[str], None]
+_VERSIONED = ("fedmentor", "prefect", "mlflow", "moto", "fastapi", "sqlalchemy")
+_FIXED_WHILE_UP = ("prefect_port", "mlflow_port", "s3_port", "s3_endpoint", "database", "database_prefix")
+
+
+def up(folder: StackFolder, settings: StackSettings, postgres: str | None, say: Say) -> StackStatus:
+    """Start what is not running, and return once everything answers.
+
+    Args:
+        folder: the stack's folder; made where it is missing.
+        settings: what the stack is made of. While anything of it runs, only the sites may change.
+        postgres: URL of the PostgreSQL server, where that is the database.
+        say: told what happens, one line at a time.
+
+    Raises:
+        ConfigError: settings that do not fit the running stack, or something that is not installed.
+        StackError: a port is taken, or a service does not start; what this call started is stopped again.
+    """
+    with folder.locked():
+        state = folder.load() or StackState()
+        _check_change(state, settings)
+        digest = provisioning.deployment_digest()
+        wanted = services(settings, folder, postgres)
+        _stop_outdated(folder, state, wanted, settings, say)
+        state.settings = settings
+        broken = [service for service in wanted if not _works(service, state)]
+        if not broken and state.deployed == digest:
+            say("everything is up already")
+            return status(folder)
+        require_s3_server(settings)
+        if settings.database == "postgresql" and {PREFECT, MLFLOW} & {service.name for service in broken}:
+            if postgres is None:
+                raise ConfigError(f"database postgresql needs its URL: --postgres-url URL, or {POSTGRES_VARIABLE}.")
+            provisioning.make_databases(settings, postgres)
+        with _stopping_what_was_started(folder, state, say):
+            _stop(folder, state, [service.name for service in broken])  # what a dead service left behind
+            _check_ports(broken)
+            state.versions = _versions()
+            servers = [service for service in broken if not service.is_worker]
+            _start(folder, state, servers, say)
+            health.wait_until_healthy(servers, state, say, timeout_seconds=settings.start_timeout_seconds)
+            if settings.s3_endpoint is None and S3 in {service.name for service in broken}:
+                provisioning.make_bucket(settings)
+            provisioning.make_work_pools(settings)
+            workers = [service for service in broken if service.is_worker]
+            _start(folder, state, workers, say)
+            if state.deployed != digest or not PrefectApi(settings).deployments():
+                say("applying prefect.yaml")
+                provisioning.deploy(settings, folder)
+                state.deployed = digest
+                folder.save(state)
+            health.wait_until_healthy(workers, state, say, timeout_seconds=settings.start_timeout_seconds)
+        return status(folder)
+
+
+def status(folder: StackFolder) -> StackStatus:
+    """Ask every service of the stack in ``folder``; changes nothing.
+
+    Raises:
+        StackError: the folder holds something that is not a stack's state.
+    """
+    state = folder.load()
+    if state is None:
+        return StackStatus(directory=str(folder.path), healthy=False)
+    settings = state.settings
+    wanted = services(settings, folder, None)
+    rows = [check(service, state) for service in wanted]
+    if settings.s3_endpoint is not None:
+        rows.append(health.check_endpoint(settings))
+    pools: tuple[str, ...] = ()
+    deployments: tuple[str, ...] = ()
+    if next(row for row in rows if row.name == PREFECT).healthy:
+        api = PrefectApi(settings)
+        pools, deployments = api.work_pools(), api.deployments()
+    return StackStatus(
+        directory=str(folder.path),
+        healthy=all(row.healthy for row in rows),
+        services=tuple(rows),
+        workers_online=tuple(row.name for row in rows if row.healthy and row.name.startswith(WORKER)),
+        work_pools=pools,
+        deployments=deployments,
+        prefect_api_url=settings.prefect_api_url,
+        mlflow_tracking_uri=settings.mlflow_url,
+        s3_endpoint_url=settings.s3_url,
+        versions=state.versions,
+    )
+
+
+def down(folder: StackFolder, say: Say) -> bool:
+    """Stop every process of the stack, workers first, and leave its data and logs. True if anything was recorded.
+
+    Raises:
+        StackError: a process did not end.
+    """
+    if not folder.path.is_dir():
+        return False
+    with folder.locked():
+        state = folder.load()
+        if state is None or not state.services:
+            return False
+        workers = [name for name in state.services if name.startswith(WORKER)]
+        for names in (workers, [name for name in state.services if name not in workers]):
+            if names:
+                say(f"stopping {', '.join(names)}")
+                _stop(folder, state, names)
+        return True
+
+
+def _works(service: Service, state: StackState) -> bool:
+    seen = check(service, state)
+    return seen.healthy or (seen.pid is not None and check(service, state).healthy)  # busy is not dead: ask twice
+
+
+def _check_change(state: StackState, settings: StackSettings) -> None:
+    running = any(processes.find(record) for record in state.services.values())
+    changed = [name for name in _FIXED_WHILE_UP if getattr(state.settings, name) != getattr(settings, name)]
+    if running and changed:
+        raise ConfigError(
+            f"this stack is up with other settings: {', '.join(changed)}. "
+            "Run 'fedmentor down' first, or use another --dir."
+        )
+
+
+def _check_ports(starting: Sequence[Service]) -> None:
+    for service in starting:
+        if service.port is None:
+            continue
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will: TIME_WAIT is not taken
+            try:
+                probe.bind((HOST, service.port))
+            except OSError:
+                raise StackError(
+                    f"port {service.port} of {HOST} is taken, and {service.name} needs it. "
+                    f"Choose another one with {service.port_option} PORT, or end the program that holds it."
+                ) from None
+
+
+def _start(folder: StackFolder, state: StackState, starting: Sequence[Service], say: Say) -> None:
+    for service in starting:
+        say(f"starting {service.name}")
+        Path(service.env["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+        state.services[service.name] = processes.start(
+            service.name,
+            service.command,
+            service.env,
+            stack_id=state.stack_id,
+            cwd=Path(service.env["PREFECT_HOME"]),
+            log=folder.logs / f"{service.name}.log",
+        )
+        folder.save(state)
+
+
+def _stop(folder: StackFolder, state: StackState, names: Sequence[str]) -> None:
+    chosen = {name: state.services[name] for name in names if name in state.services}
+    if chosen:
+        processes.stop(state.stack_id, chosen)
+        for name in chosen:
+            del state.services[name]
+        folder.save(state)
+
+
+def _stop_outdated(
+    folder: StackFolder, state: StackState, wanted: Sequence[Service], settings: StackSettings, say: Say
+) -> None:
+    """Stop the worker of a site that left, or that now has another folder or environment."""
+    before = {f"{WORKER}{site.name}": site for site in state.settings.sites}
+    changed = {f"{WORKER}{site.name}" for site in settings.sites if before.get(f"{WORKER}{site.name}") != site}
+    kept = {service.name for service in wanted} - changed
+    gone = [name for name in state.services if name not in kept]
+    if gone:
+        say(f"stopping {', '.join(gone)}")
+        _stop(folder, state, gone)
+
+
+@contextmanager
+def _stopping_what_was_started(folder: StackFolder, state: StackState, say: Say) -> Iterator[None]:
+    """On an error, ctrl-C or TERM: stop what started inside, leave what ran before."""
+    before = {name: record for name, record in state.services.items() if processes.find(record)}
+
+    def on_term(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, on_term)
+    try:
+        yield
+    except BaseException as error:
+        new = [name for name, record in state.services.items() if before.get(name) != record]
+        say(f"stopping what was started: {', '.join(new) or 'nothing'}")
+        _stop(folder, state, new)
+        if isinstance(error, KeyboardInterrupt):
+            raise StackError("interrupted. What was started is stopped again.") from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in _VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

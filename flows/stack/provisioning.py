@@ -1,0 +1,124 @@
+"""What the servers must hold before there is work: databases, a bucket, work pools, deployments."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import yaml
+
+from fedmentor_core.errors import ConfigError
+from flows.stack.health import PrefectApi
+from flows.stack.services import process_env
+from flows.stack.settings import POSTGRES_VARIABLE, StackError, StackSettings
+from flows.stack.state import StackFolder
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PREFECT_FILE = CHECKOUT / "prefect.yaml"
+PARAMETER_MODELS = CHECKOUT / "fedmentor_core" / "config.py"
+POOL_TEMPLATE = CHECKOUT / "infra" / "stack" / "process_pool.json"
+_DEPLOY_TIMEOUT_SECONDS = 300.0
+
+
+def make_databases(settings: StackSettings, url: str) -> None:
+    """Create Prefect's and MLflow's PostgreSQL databases where they are missing.
+
+    Two databases, because both keep the revision of their schema in a table of the same name.
+
+    Raises:
+        ConfigError: the driver is not installed.
+        StackError: the server cannot be reached, or the user may not create databases.
+    """
+    try:
+        import psycopg2
+        from psycopg2 import sql
+    except ImportError:
+        raise ConfigError("PostgreSQL needs its driver. Run: pip install 'fedmentor[postgres]'.") from None
+    names = [f"{settings.database_prefix}_{suffix}" for suffix in ("prefect", "mlflow")]
+    try:
+        connection = psycopg2.connect(url, connect_timeout=10)
+    except psycopg2.OperationalError:  # its text names the host and the user
+        raise StackError(f"cannot connect to PostgreSQL. Check --postgres-url or {POSTGRES_VARIABLE}.") from None
+    try:
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            for name in names:
+                cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", (name,))
+                if cursor.fetchone() is None:
+                    cursor.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    except psycopg2.Error as error:
+        raise StackError(
+            f"PostgreSQL refused to create {' and '.join(names)} ({type(error).__name__}). Create them by hand."
+        ) from None
+    finally:
+        connection.close()
+
+
+def make_bucket(settings: StackSettings) -> None:
+    """Create the bucket on the stack's own S3 server, which asks for no signature.
+
+    Raises:
+        StackError: the server refused.
+    """
+    answer = httpx.put(f"{settings.s3_url}/{settings.s3_bucket}", timeout=30.0, trust_env=False)
+    if answer.is_error and answer.status_code != httpx.codes.CONFLICT:
+        raise StackError(f"the S3 server refused to create bucket {settings.s3_bucket}: {answer.status_code}.")
+
+
+def make_work_pools(settings: StackSettings) -> None:
+    """Create the process work pools that are missing; those that exist keep what an operator changed in them.
+
+    Raises:
+        StackError: Prefect refused.
+    """
+    api = PrefectApi(settings)
+    template = json.loads(POOL_TEMPLATE.read_text(encoding="utf-8"))
+    there = api.work_pools()
+    for pool in settings.pools:
+        if pool not in there:
+            description = "Flows of the server." if pool == settings.pools[0] else f"Work that runs at site {pool}."
+            body = {"name": pool, "type": "process", "description": description, "base_job_template": template}
+            api.call("POST", "/work_pools/", body)
+
+
+def deployment_digest() -> str:
+    """sha256 of what ``deploy`` applies: prefect.yaml, its flows, and the models of their parameters.
+
+    Raises:
+        ConfigError: there is no prefect.yaml: the package runs from somewhere else than a checkout.
+    """
+    if not PREFECT_FILE.is_file():
+        raise ConfigError(f"no prefect.yaml in {CHECKOUT}. Start the stack from a checkout of the repository.")
+    described = yaml.safe_load(PREFECT_FILE.read_text(encoding="utf-8"))
+    flows = sorted({CHECKOUT / one["entrypoint"].split(":")[0] for one in described["deployments"]})
+    made = hashlib.sha256()
+    for path in (PREFECT_FILE, *flows, PARAMETER_MODELS):
+        made.update(hashlib.sha256(path.read_bytes()).digest())
+    return made.hexdigest()
+
+
+def deploy(settings: StackSettings, folder: StackFolder) -> None:
+    """Apply every deployment of prefect.yaml, by the command that its documentation gives.
+
+    Raises:
+        StackError: the command failed; its output is in ``logs/deploy.log``.
+    """
+    log = folder.logs / "deploy.log"
+    with log.open("ab") as output:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+                env=process_env(settings, folder.data / "prefect"),
+                cwd=CHECKOUT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=_DEPLOY_TIMEOUT_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise StackError(f"prefect deploy took over {_DEPLOY_TIMEOUT_SECONDS:.0f} s. See {log}.") from None
+    if done.returncode != 0:
+        raise StackError(f"prefect deploy failed ({done.returncode}). See {log}.")

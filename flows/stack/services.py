@@ -1,0 +1,226 @@
+"""The stack's services: what each one is started with. Everything listens on the loopback address only."""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from fedmentor_core.errors import ConfigError
+from flows.stack.settings import (
+    HOST,
+    POSTGRES_VARIABLE,
+    SERVER_POOL,
+    SiteSettings,
+    StackSettings,
+    postgres_database,
+)
+from flows.stack.state import StackFolder
+
+PREFECT, MLFLOW, S3 = "prefect", "mlflow", "s3"
+WORKER = "worker-"
+
+_QUIET = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+_OF_ANOTHER_STACK = ("PREFECT_", "MLFLOW_", "AWS_ENDPOINT_URL")
+_OF_ONE_PROCESS = ("FEDMENTOR_SITE", "FEDMENTOR_DATA_ROOT", "FEDMENTOR_STORE_URL", POSTGRES_VARIABLE)
+
+
+@dataclass(frozen=True)
+class Service:
+    """One process to run: its command, its variables, and where it answers."""
+
+    name: str
+    command: tuple[str, ...]
+    env: dict[str, str] = field(repr=False)
+    url: str | None = None
+    port: int | None = None
+    port_option: str = ""
+    pool: str | None = None
+    note: str = ""
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether this is a worker: it listens nowhere and is asked about through Prefect."""
+        return self.pool is not None
+
+
+def services(settings: StackSettings, folder: StackFolder, postgres: str | None) -> tuple[Service, ...]:
+    """Return all services of a stack, servers first.
+
+    Args:
+        settings: what the stack is made of.
+        folder: where it keeps its data.
+        postgres: URL of the PostgreSQL server, where that is the database and one of the servers must start.
+    """
+    servers = [_prefect(settings, folder, postgres), _mlflow(settings, folder, postgres)]
+    if settings.s3_endpoint is None:
+        servers.append(_s3(settings, folder))
+    return (*servers, _worker(settings, folder, None), *(_worker(settings, folder, site) for site in settings.sites))
+
+
+def client_env(settings: StackSettings) -> dict[str, str]:
+    """Variables that point a program at the stack; they hold no secret."""
+    return {
+        "PREFECT_API_URL": settings.prefect_api_url,
+        "MLFLOW_TRACKING_URI": settings.mlflow_url,
+        "AWS_ENDPOINT_URL_S3": settings.s3_url,
+    }
+
+
+def process_env(settings: StackSettings, prefect_home: Path) -> dict[str, str]:
+    """Variables of every process of the stack: the user's, less what only one of them, or another stack, may have."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_OF_ANOTHER_STACK) and name not in _OF_ONE_PROCESS
+    }
+    loopback = ",".join(filter(None, [os.environ.get("NO_PROXY"), HOST, "localhost"]))
+    return {
+        **inherited,
+        **_QUIET,
+        **client_env(settings),
+        "PREFECT_HOME": str(prefect_home),
+        "NO_PROXY": loopback,
+        "no_proxy": loopback,
+    }
+
+
+def require_s3_server(settings: StackSettings) -> None:
+    """Refuse to plan an S3 server that is not installed.
+
+    Raises:
+        ConfigError: ``moto`` is missing and no ``s3_endpoint`` is set.
+    """
+    if settings.s3_endpoint is None and (find_spec("moto") is None or find_spec("flask") is None):
+        raise ConfigError(
+            "the S3-compatible test server is not installed. Run: pip install 'fedmentor[stack]', "
+            "or name a server that runs already with --s3-endpoint URL."
+        )
+
+
+def secret_env(site: SiteSettings) -> dict[str, str]:
+    """Read a site's ``env_file``: one NAME=VALUE a line, ``#`` for remarks. Its content is never kept or shown.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line is no NAME=VALUE; the line is not quoted.
+    """
+    if site.env_file is None:
+        return {}
+    try:
+        lines = site.env_file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"env_file of site {site.name}: cannot read {site.env_file} ({error.strerror}).") from None
+    found = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, separator, value = line.partition("=")
+        if not separator or not name.strip().isidentifier():
+            raise ConfigError(f"env_file of site {site.name}: line {number} must be NAME=VALUE.")
+        found[name.strip()] = value.strip()
+    return found
+
+
+def _prefect(settings: StackSettings, folder: StackFolder, postgres: str | None) -> Service:
+    page = f"http://{HOST}:{settings.prefect_port}"
+    home = folder.data / "prefect"
+    if settings.database == "sqlite":
+        database = f"sqlite+aiosqlite:///{home / 'prefect.db'}"
+    else:
+        database = _postgres(settings, postgres, "asyncpg", "prefect")
+    return Service(
+        name=PREFECT,
+        command=(
+            sys.executable, "-m", "prefect", "server", "start", "--host", HOST,
+            "--port", str(settings.prefect_port), "--analytics-off",
+        ),
+        env=process_env(settings, home) | {
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
+            "PREFECT_SERVER_UI_API_URL": settings.prefect_api_url,
+            "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home / "ui"),  # two stacks must not share one copy of the pages
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{page},http://localhost:{settings.prefect_port}",
+        },
+        url=page,
+        port=settings.prefect_port,
+        port_option="--prefect-port",
+    )  # fmt: skip
+
+
+def _mlflow(settings: StackSettings, folder: StackFolder, postgres: str | None) -> Service:
+    home = folder.data / "mlflow"
+    if settings.database == "sqlite":
+        database = f"sqlite:///{home / 'mlflow.db'}"
+    else:
+        database = _postgres(settings, postgres, "psycopg2", "mlflow")
+    port = settings.mlflow_port
+    return Service(
+        name=MLFLOW,
+        command=(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
+        env=process_env(settings, home) | {
+            "MLFLOW_BACKEND_STORE_URI": database,  # here and not in the command: it may hold a password
+            "MLFLOW_ARTIFACTS_DESTINATION": (home / "artifacts").as_uri(),
+            "MLFLOW_SERVER_ALLOWED_HOSTS": f"{HOST}:{port},localhost:{port}",
+            "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port},http://localhost:{port}",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # judges and optimisers, which we do not use
+        },
+        url=settings.mlflow_url,
+        port=port,
+        port_option="--mlflow-port",
+    )  # fmt: skip
+
+
+def _s3(settings: StackSettings, folder: StackFolder) -> Service:
+    return Service(
+        name=S3,
+        command=(sys.executable, "-m", "moto.server", "-H", HOST, "-p", str(settings.s3_port)),
+        env=process_env(settings, folder.data / "s3") | {"MOTO_DISABLE_GLOBAL_CORS": "true"},  # no web page may read it
+        url=settings.s3_url,
+        port=settings.s3_port,
+        port_option="--s3-port",
+        note="answers; for trying only: it forgets when it stops",
+    )
+
+
+def _worker(settings: StackSettings, folder: StackFolder, site: SiteSettings | None) -> Service:
+    """A worker asks Prefect for work and opens no port. Only a site's own worker is told where its data is."""
+    pool = SERVER_POOL if site is None else site.name
+    env = process_env(settings, folder.data / "workers" / pool)
+    env["FEDMENTOR_STORE_URL"] = _store(settings, folder, site)
+    if settings.s3_endpoint is None:
+        env |= {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_DEFAULT_REGION": "us-east-1"}
+    if site is not None:
+        env |= {"FEDMENTOR_SITE": site.name, **site.env, **secret_env(site)}
+        if site.data_root is not None:
+            env["FEDMENTOR_DATA_ROOT"] = str(site.data_root.resolve())
+    return Service(
+        name=f"{WORKER}{pool}",
+        command=(
+            sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process",
+            "--name", f"{WORKER}{pool}",
+        ),
+        env=env,
+        pool=pool,
+    )  # fmt: skip
+
+
+def _store(settings: StackSettings, folder: StackFolder, site: SiteSettings | None) -> str:
+    """A store of its own for each site. Never on the test server, which forgets: a ledger must outlive a restart."""
+    place = "server" if site is None else f"sites/{site.name}"
+    if settings.s3_endpoint is not None:
+        return f"s3://{settings.s3_bucket}/{place}"
+    return (folder.data / "store" / place).as_uri()
+
+
+def _postgres(settings: StackSettings, url: str | None, driver: Literal["asyncpg", "psycopg2"], suffix: str) -> str:
+    if url is None:
+        return ""  # neither server starts now: ``lifecycle`` asks for the URL where one does
+    return postgres_database(url, driver, f"{settings.database_prefix}_{suffix}")

@@ -1,0 +1,86 @@
+"""A real S3 endpoint over TCP, a proxy that spoils requests to it, and stores on both."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from fault_proxy import FaultProxy
+from moto.server import ThreadedMotoServer
+
+from fedmentor_core.config import StorageConfig
+from fedmentor_core.storage.base import ArtifactStore, open_store
+
+SECRET = "s3cr3t-never-shown"
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIATEST")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture(scope="session")
+def raw(s3_endpoint: str) -> Any:
+    """A plain boto3 client on the server itself."""
+    session = boto3.session.Session(aws_access_key_id="raw", aws_secret_access_key="raw", region_name="us-east-1")
+    return session.client("s3", endpoint_url=s3_endpoint)
+
+
+@pytest.fixture
+def bucket(raw: Any) -> str:
+    """A new, empty bucket."""
+    name = f"bucket-{next(_numbers)}"
+    raw.create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture(scope="session")
+def _proxy(s3_endpoint: str) -> Iterator[FaultProxy]:
+    proxy = FaultProxy(s3_endpoint)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def proxy(_proxy: FaultProxy) -> Iterator[FaultProxy]:
+    _proxy.clear()
+    yield _proxy
+    _proxy.clear()
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    path = tmp_path / "keys"
+    path.touch(mode=0o600)
+    path.write_text("0f" * 32 + "\n")
+    return path
+
+
+@pytest.fixture
+def flaky(proxy: FaultProxy, bucket: str) -> Callable[..., ArtifactStore]:
+    """Makes a store behind the proxy, ready to write; keywords are settings."""
+
+    def make(**settings: Any) -> ArtifactStore:
+        given = {"deadline_seconds": 20, "read_timeout_seconds": 1, "endpoint_url": proxy.url, **settings}
+        store = open_store(f"s3://{bucket}/site-a", StorageConfig(**given))
+        store.put_bytes("warm/up", b"")  # the store's own probe is out of the way
+        proxy.clear()
+        return store
+
+    return make
