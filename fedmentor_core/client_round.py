@@ -110,7 +110,7 @@ def run_client(
             sample_rate=events.sample_rate,
             steps=events.steps,
             privacy_level=plan.privacy_level,
-            run_rdp_budget=plan.run_rdp_budget,
+            run_rdp_share=plan.run_rdp_share,
             seeded=workspace.config.privacy.noise_seed is not None,
         )
     except BudgetError as error:

@@ -157,7 +157,7 @@ def _charge(
     noise = noise_of_next_release(
         plan,
         account,
-        spent_rdp=ledger.spent_rdp(),
+        spent_rdp=plan.spent_rdp_before + ledger.spent_rdp_by(run_id),
         released=len({entry.digest for entry in entries if entry.kind == "release" and entry.run_id == run_id}),
     )
     return ledger.charge_evaluation(
@@ -167,7 +167,7 @@ def _charge(
         attempt=len(_of(entries, workspace, adapter, "evaluation")),
         dataset_fingerprint=plan.dataset_fingerprint,
         noise_multiplier=noise,
-        run_rdp_budget=plan.run_rdp_budget,
+        run_rdp_share=plan.run_rdp_share,
         seeded=workspace.config.privacy.noise_seed is not None,
     )
 

@@ -295,9 +295,15 @@ class ValidationPlan(Record):
     epsilon_planned: float | None
     rdp_order: float | None
     rdp_budget: float | None
+    spent_rdp_before: float = Field(default=0.0, description="RDP at the account's order that was spent before.")
     run_rdp_budget: float | None
     dataset_fingerprint: str
     refusal: str = ""
+
+    @property
+    def run_rdp_share(self) -> float | None:
+        """RDP that this run may spend in all, whatever other runs do meanwhile."""
+        return None if self.run_rdp_budget is None else self.run_rdp_budget - self.spent_rdp_before
 
 
 class SharedPosts(Record):
@@ -336,6 +342,7 @@ class DomainPlan(Record):
     reductions: tuple[ReductionCost, ...] = ()
     planned_runs: int = 1
     runs_before: int = Field(default=0, description="Earlier runs that charged this account.")
+    spent_rdp_before: float = Field(default=0.0, description="RDP at the account's order that was spent before.")
     run_rdp_budget: float | None = Field(default=None, description="RDP up to which this run may take the account.")
     privacy_level: Literal["unit", "client"] = "unit"
     privacy_unit: str = Field(default="post", description="What one unit is: a post, or the named column's.")
@@ -346,6 +353,11 @@ class DomainPlan(Record):
     bytes_up_per_round: int
     bytes_down_per_round: int
     refusals: tuple[str, ...] = ()
+
+    @property
+    def run_rdp_share(self) -> float | None:
+        """RDP that this run may spend in all, whatever other runs do meanwhile."""
+        return None if self.run_rdp_budget is None else self.run_rdp_budget - self.spent_rdp_before
 
 
 class StudyPlan(Record):

@@ -185,7 +185,6 @@ def adapt(
     state: RoundState,
     metrics: EvaluationMetrics,
     comparisons: Comparisons,
-    spent_rdp: Mapping[str, float],
 ) -> tuple[list[NoiseDecision], dict[str, float | None], dict[str, int]]:
     """After the gate: each domain's next noise multiplier, by the configured rule and within its bounds.
 
@@ -194,7 +193,6 @@ def adapt(
         state: where the study stood before the round.
         metrics: of the gate set: public, or noised and charged.
         comparisons: what a relative threshold refers to.
-        spent_rdp: what each domain's account has spent, at its order.
 
     Returns:
         A decision for every domain that trains under privacy, every domain's next noise multiplier, and its count of
@@ -214,7 +212,7 @@ def adapt(
             config,
             plan,
             noise_multiplier=current,
-            spent_rdp=spent_rdp[plan.domain],
+            spent_rdp=plan.spent_rdp_before + workspace.ledger(plan.domain).spent_rdp_by(workspace.ref.run_id),
             rounds_left=config.rounds - state.round_index - 1,
             utility=utility,
             threshold=threshold,
@@ -239,11 +237,7 @@ def commit_round(
 ) -> RoundManifest:
     """Decide the next noise and write the round's manifest, create-if-absent: the commit point."""
     metrics = combine(evaluations)
-    spent = {
-        plan.domain: workspace.ledger(plan.domain).spent_rdp() if plan.rdp_order is not None else 0.0
-        for plan in workspace.plan.domains
-    }
-    decisions, noise, below = adapt(workspace, state, metrics, comparisons, spent)
+    decisions, noise, below = adapt(workspace, state, metrics, comparisons)
     manifest = RoundManifest(
         run_id=workspace.ref.run_id,
         round_index=state.round_index,

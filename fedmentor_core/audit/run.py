@@ -217,8 +217,7 @@ def train_with_canaries(workspace: AuditWorkspace, listen: Listener = silent) ->
             updates.append(update)
             seen.append(ClientTrace(assignment, update, tuple(meter.steps), meter.total))
         adapter, _ = rounds.aggregate(workspace, state.adapter, updates)
-        spent = {plan.domain: workspace.ledger(plan.domain).spent_rdp() for plan in workspace.plan.domains}
-        _, noise, below = rounds.adapt(workspace, state, _metrics(workspace, 0.0), _best_comparisons(workspace), spent)
+        _, noise, below = rounds.adapt(workspace, state, _metrics(workspace, 0.0), _best_comparisons(workspace))
         state = RoundState(index + 1, adapter, noise, below)
     return Trace(tuple(seen), state.adapter)
 

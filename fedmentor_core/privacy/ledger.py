@@ -134,6 +134,10 @@ class Ledger:
         """Sum of all charges at the account's order."""
         return spent_rdp_in(self.entries())
 
+    def spent_rdp_by(self, run_id: str) -> float:
+        """Sum of one run's charges at the account's order."""
+        return spent_rdp_in(self.entries(), run_id)
+
     def runs_charged(self, besides: str) -> int:
         """How many runs other than ``besides`` have charged this account."""
         charged = (entry for entry in self.entries() if entry.kind in ("charge", "evaluation"))
@@ -151,7 +155,7 @@ class Ledger:
         sample_rate: float,
         steps: int,
         privacy_level: PrivacyLevel = "unit",
-        run_rdp_budget: float | None = None,
+        run_rdp_share: float | None = None,
         seeded: bool = False,
     ) -> LedgerEntry:
         """Admit and record a charge, before any data is touched. Atomic against other writers.
@@ -166,7 +170,8 @@ class Ledger:
             sample_rate: as ``mechanism.charged_events`` counts them.
             steps: how many events.
             privacy_level: what the mechanism protects; must be the account's.
-            run_rdp_budget: RDP at the account's order up to which this run may take the account; None: no share.
+            run_rdp_share: RDP at the account's order that this run may spend in all, so that a night that is resumed
+                after the next one still has its own; None: no share.
             seeded: the noise is seeded, so that nothing of this is private.
 
         Raises:
@@ -187,7 +192,7 @@ class Ledger:
         }
         what = f"{steps} steps at noise multiplier {noise_multiplier:g} and sample rate {sample_rate:g}"
         cost = account.charge_of(noise_multiplier, sample_rate, steps)
-        return self._charge(account, "charge", cost, what, run_rdp_budget, fields)
+        return self._charge(account, "charge", cost, what, run_rdp_share, fields)
 
     def release(
         self,
@@ -219,7 +224,7 @@ class Ledger:
         attempt: int,
         dataset_fingerprint: str,
         noise_multiplier: float,
-        run_rdp_budget: float | None = None,
+        run_rdp_share: float | None = None,
         seeded: bool = False,
     ) -> LedgerEntry:
         """Admit and record one noised release of a private set's metrics, before any of its rows is evaluated.
@@ -243,7 +248,7 @@ class Ledger:
         }
         what = f"an evaluation at noise multiplier {noise_multiplier:g}"
         cost = account.charge_of(noise_multiplier, 1.0, 1)
-        return self._charge(account, "evaluation", cost, what, run_rdp_budget, fields)
+        return self._charge(account, "evaluation", cost, what, run_rdp_share, fields)
 
     def release_evaluation(self, account: PrivacyAccount, charge: LedgerEntry, digest: str) -> LedgerEntry:
         """Record the digest of the noised metrics that ``charge`` paid for. Costs nothing more."""
@@ -283,7 +288,7 @@ class Ledger:
         kind: Literal["charge", "evaluation"],
         cost: float,
         what: str,
-        run_rdp_budget: float | None,
+        run_rdp_share: float | None,
         fields: dict[str, Any],
     ) -> LedgerEntry:
         """Append a charge that the lifetime filter and the run's share admit, else a refusal."""
@@ -302,11 +307,13 @@ class Ledger:
                     f"domain {self.domain!r}: {what} would pass its lifetime epsilon of {account.epsilon:g} at delta "
                     f"{account.delta:g} ({account.epsilon_spent(spent):.4g} is spent). Nothing was trained or released."
                 )
-            if run_rdp_budget is not None and not spent + cost <= run_rdp_budget:
+            by_this_run = spent_rdp_in(entries, run_id=fields["run_id"])
+            if run_rdp_share is not None and not by_this_run + cost <= run_rdp_share:
                 raise BudgetError(
-                    f"domain {self.domain!r}: {what} would pass tonight's share of the budget, which ends at epsilon "
-                    f"{account.epsilon_spent(run_rdp_budget):.4g} ({account.epsilon_spent(spent):.4g} of the lifetime "
-                    f"{account.epsilon:g} is spent; the rest is kept for later runs). Nothing was trained or released."
+                    f"domain {self.domain!r}: {what} would pass tonight's share of the budget: this run has spent "
+                    f"{by_this_run:.4g} of the RDP {run_rdp_share:.4g} that it may spend "
+                    f"({account.epsilon_spent(spent):.4g} of the lifetime epsilon {account.epsilon:g} is spent; the rest "
+                    "is kept for later runs). Nothing was trained or released."
                 )
 
         try:
@@ -398,6 +405,7 @@ def _changed_terms(domain: str, entries: Sequence[LedgerEntry], terms: Terms) ->
     return None
 
 
-def spent_rdp_in(entries: Sequence[LedgerEntry]) -> float:
-    """Sum of all charges at the account's order."""
-    return sum(entry.rdp_charge for entry in entries if entry.kind in ("charge", "evaluation"))
+def spent_rdp_in(entries: Sequence[LedgerEntry], run_id: str | None = None) -> float:
+    """Sum of all charges at the account's order, or of one run's."""
+    charges = (entry for entry in entries if entry.kind in ("charge", "evaluation"))
+    return sum(entry.rdp_charge for entry in charges if run_id in (None, entry.run_id))

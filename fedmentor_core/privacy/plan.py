@@ -173,6 +173,7 @@ def plan_domain(
             "reductions": _reductions(config, rule, share, schedule, account, spent_rdp),
             "rdp_order": account.rdp_order,
             "rdp_budget": account.rdp_budget,
+            "spent_rdp_before": spent_rdp,
             "run_rdp_budget": share.rdp_limit,
         }
     )

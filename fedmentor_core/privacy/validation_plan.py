@@ -245,6 +245,7 @@ def plan_validation(
             "epsilon_planned": account.epsilon_spent(spent_rdp + account.charge_of(noise, 1.0, releases)),
             "rdp_order": account.rdp_order,
             "rdp_budget": account.rdp_budget,
+            "spent_rdp_before": spent_rdp,
             "run_rdp_budget": spent_rdp + share,
         }
     )
@@ -267,7 +268,7 @@ def noise_of_next_release(plan: ValidationPlan, account: PrivacyAccount, *, spen
     Args:
         plan: of the set.
         account: the promise in force.
-        spent_rdp: by the account's ledger.
+        spent_rdp: before this run, and by this run.
         released: releases of this run so far.
 
     Raises:
@@ -276,7 +277,7 @@ def noise_of_next_release(plan: ValidationPlan, account: PrivacyAccount, *, spen
     assert plan.noise_multiplier is not None  # else ``promised_account`` refused
     assert plan.run_rdp_budget is not None
     remaining = max(1, plan.releases - released)
-    left = min(plan.run_rdp_budget, account.rdp_budget) - spent_rdp
+    left = plan.run_rdp_budget - spent_rdp
     if released < plan.releases and account.charge_of(plan.noise_multiplier, 1.0, remaining) <= left:
         return plan.noise_multiplier
     try:

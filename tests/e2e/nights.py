@@ -51,8 +51,7 @@ def run_night(config: dict[str, Any], out: str, meter: str, kill_at: str, failur
             for assignment in rounds.assignments_for(workspace, state)
         ]
         adapter, _ = rounds.aggregate(workspace, state.adapter, updates)
-        spent = {plan.domain: workspace.ledger(plan.domain).spent_rdp() for plan in workspace.plan.domains}
-        _, noise, below = rounds.adapt(workspace, state, poor_metrics(workspace), {}, spent)
+        _, noise, below = rounds.adapt(workspace, state, poor_metrics(workspace), {})
         state = RoundState(index + 1, adapter, noise, below)
 
 
@@ -105,7 +104,7 @@ def watch_writes(kill_at: str) -> None:
 def main() -> None:
     """Fork a process for each night that is asked for."""
     import datasets  # noqa: F401  imported once, so that no night has to
-    import opacus.accountants  # noqa: F401
+    import opacus.accountants
     import opacus.grad_sample  # noqa: F401
     import peft  # noqa: F401
     import transformers  # noqa: F401

@@ -1,6 +1,6 @@
 """Thirty nightly runs on one lifetime account, with kills at every step of a round and failing attempts.
 
-Epsilon is counted again by another library from what really happened: a meter inside Opacus notes every noising, and
+Epsilon is counted again by integrating its definition, from what really happened: a meter inside Opacus notes every noising, and
 the noised bytes lie in the nights' stores. The ledger must never say less, and must say exactly as much where nothing
 was interrupted.
 """
@@ -12,12 +12,14 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import dp_accounting
+import numpy as np
 import pytest
 from nights import RESTED
+from scipy.integrate import quad
 
 from fedmentor_core.hashing import sha256_bytes
 from fedmentor_core.privacy.ledger import Ledger
@@ -72,12 +74,23 @@ class Nights:
 
 
 def recount(events: list[tuple[float, float, int]], order: float, delta: float) -> tuple[float, float]:
-    """RDP and epsilon at ``order`` of (noise multiplier, sample rate, steps), by dp_accounting."""
-    accountant = dp_accounting.rdp.RdpAccountant([order])
-    for noise, rate, steps in events:
-        accountant.compose(dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise)), steps)
-    rho = float(accountant._rdp[0])
+    """RDP and epsilon at ``order`` of (noise multiplier, sample rate, steps), by integrating the definition.
+
+    No library: the Renyi divergence of the sampled Gaussian from N(0, sigma^2), one event at a time, and the
+    conversion written out. (dp_accounting interpolates between whole orders and is half a percent above it here.)
+    """
+    rho = math.fsum(steps * renyi(noise, rate, order) for noise, rate, steps in events)
     return rho, rho - (math.log(delta) + math.log(order)) / (order - 1) + math.log((order - 1) / order)
+
+
+@lru_cache
+def renyi(noise: float, rate: float, order: float) -> float:
+    def integrand(z: float) -> float:
+        log_ratio = np.logaddexp(math.log1p(-rate), math.log(rate) + (2 * z - 1) / (2 * noise**2))
+        return math.exp(-(z**2) / (2 * noise**2) - math.log(noise * math.sqrt(2 * math.pi)) + order * log_ratio)
+
+    total, _ = quad(integrand, -40 * noise, 40 * noise + 3 * order, limit=2000, points=[0, order])
+    return math.log(total) / (order - 1)
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +150,8 @@ def test_ledger_equals_an_independent_count_of_its_charges(nights: Nights) -> No
         [(entry["noise_multiplier"], entry["sample_rate"], entry["steps"]) for entry in charges], order, delta
     )
     view = Ledger(LocalStore(nights.folder / "ledgers"), "one").view()
-    assert view.epsilon_spent == pytest.approx(epsilon, abs=2e-3)
-    assert math.fsum(entry["rdp_charge"] for entry in charges) == pytest.approx(rho, rel=1e-3)
+    assert view.epsilon_spent == pytest.approx(epsilon, abs=1e-4)
+    assert math.fsum(entry["rdp_charge"] for entry in charges) == pytest.approx(rho, rel=1e-6)
     assert view.epsilon_spent <= view.epsilon_budget == 8.0
     assert len({entry["run_id"] for entry in charges}) == NIGHTS
 
@@ -149,12 +162,9 @@ def test_nothing_happened_that_was_not_charged(nights: Nights) -> None:
         json.loads((nights.folder / f"night-{n:02d}" / "study.json").read_text())["run_id"]: f"night-{n:02d}"
         for n in range(NIGHTS)
     }
-    n_units = 60
     charged: Counter[tuple[str, float]] = Counter()
     for entry in nights.entries("charge"):
         charged[night_of[entry["run_id"]], entry["noise_multiplier"]] += entry["steps"]
-        n_units = round(8 / entry["sample_rate"])
-        assert entry["sample_rate"] * n_units == pytest.approx(8)
     happened = Counter((step["night"], step["noise"]) for step in nights.steps())
     assert all(step["expected"] == pytest.approx(8) for step in nights.steps())
     assert all(happened[key] <= charged[key] for key in happened)
@@ -182,7 +192,11 @@ def test_all_that_left_was_released_with_its_digest_and_charged_once(nights: Nig
         json.loads(path.read_bytes())
         for path in nights.folder.glob("night-*/store/runs/*/rounds/*/clients/one/update.json")
     ]
-    assert len(told) == NIGHTS * ROUNDS
+    rested = {(entry["run_id"], entry["round_index"]) for entry in nights.entries("refusal")}
+    finished = {(update["run_id"], update["round_index"]) for update in told}
+    assert len(finished) == len(told)
+    assert len(finished | rested) == NIGHTS * ROUNDS
+    assert len(rested - finished) <= 2, "only the night that was killed again and again may run out of its share"
     for update in told:
         assert (update["run_id"], update["round_index"], update["attempt"]) in released
         assert update["update"]["sha256"] in digests

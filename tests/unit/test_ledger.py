@@ -373,19 +373,19 @@ def test_account_of_one_level_is_never_charged_at_the_other(root: Path, opened: 
 def test_charge_beyond_the_runs_share_is_refused_and_says_that_it_is_the_share(root: Path) -> None:
     ledger = open_ledger(root)
     share = 2.5 * COST
-    charge(ledger, 0, run_rdp_budget=share)
-    charge(ledger, 1, run_rdp_budget=share)
+    charge(ledger, 0, run_rdp_share=share)
+    charge(ledger, 1, run_rdp_share=share)
     with pytest.raises(BudgetError, match="tonight's share") as refused:
-        charge(ledger, 2, run_rdp_budget=share)
+        charge(ledger, 2, run_rdp_share=share)
     assert "the rest is kept for later runs" in str(refused.value)
     assert ledger.entries()[-1].kind == "refusal"
     assert ledger.entries()[-1].reason == str(refused.value)
     assert ledger.spent_rdp() == pytest.approx(2 * COST)
-    charge(ledger, 2, run_rdp_budget=float("inf"))  # a later run's share, or none, goes on
+    charge(ledger, 2, run_id="later", run_rdp_share=share)  # a later run has its own
     with pytest.raises(BudgetError, match="tonight's share"):
-        charge(ledger, 3, run_rdp_budget=float("nan"))
+        charge(ledger, 3, run_rdp_share=float("nan"))
     with pytest.raises(BudgetError, match="lifetime epsilon"):
-        charge(ledger, 3, noise=0.2, run_rdp_budget=share)
+        charge(ledger, 3, noise=0.2, run_rdp_share=share)
 
 
 def charge_within_share(root: str, writer: int, tries: int) -> int:
@@ -393,7 +393,7 @@ def charge_within_share(root: str, writer: int, tries: int) -> int:
     ledger, admitted = Ledger(LocalStore(Path(root)), "one"), 0
     for attempt in range(tries):
         try:
-            charge(ledger, attempt, run_id=f"writer-{writer}", run_rdp_budget=4.5 * COST)
+            charge(ledger, 10 * writer + attempt, run_rdp_share=4.5 * COST)
             admitted += 1
         except BudgetError:
             pass
@@ -418,15 +418,15 @@ def test_charge_is_decided_again_after_a_lost_race(root: Path, monkeypatch: pyte
     def late(store: LocalStore, key: str, data: bytes) -> None:
         if key.startswith("ledgers/") and not raced:
             raced.append(key)
-            charge(other, 0, run_id="other", run_rdp_budget=1.5 * COST)
+            charge(other, 1, run_rdp_share=1.5 * COST)
         put(store, key, data)
 
     put = LocalStore.put_bytes
     monkeypatch.setattr(LocalStore, "put_bytes", late)
     with pytest.raises(BudgetError, match="tonight's share"):
-        charge(ledger, 0, run_rdp_budget=1.5 * COST)
+        charge(ledger, 0, run_rdp_share=1.5 * COST)
     assert raced == ["ledgers/one/00000001.json"]
-    assert [(entry.kind, entry.run_id) for entry in ledger.entries()[1:]] == [("charge", "other"), ("refusal", "run")]
+    assert [(entry.kind, entry.round_index) for entry in ledger.entries()[1:]] == [("charge", 1), ("refusal", 0)]
 
 
 def spend_all(root: str, writer: int, tries: int) -> int:

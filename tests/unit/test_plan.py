@@ -176,7 +176,7 @@ def test_thirty_nights_each_fit_their_share_and_together_the_lifetime(rule, tmp_
             ledger.charge(
                 account, run_id=f"night-{night}", round_index=index, attempt=0, dataset_fingerprint="f" * 64,
                 noise_multiplier=noise, sample_rate=plan.sample_rate, steps=plan.steps_per_round,
-                run_rdp_budget=plan.run_rdp_budget,
+                run_rdp_share=plan.run_rdp_share,
             )  # fmt: skip
         assert ledger.spent_rdp() <= plan.run_rdp_budget
         assert ledger.runs_charged(besides="another") == night + 1
