@@ -26,6 +26,7 @@ from fedmentor_core.records import (
     ModelSummary,
     RoundManifest,
     Sample,
+    StudyPlan,
     StudySummary,
 )
 from fedmentor_core.rounds import Comparisons, RoundState
@@ -186,7 +187,7 @@ def run_study(ref: StudyRef, engine: Engine | None = None, listen: Listener = si
         final=final,
         plan=plan,
         model=None,
-        warnings=warnings_of(ref, plan.refusals),
+        warnings=warnings_of(ref, plan),
         store_url=workspace.store.url,
         tracking_uri=None,
         seconds_total=rounds.now() - started,
@@ -296,10 +297,10 @@ def samples_by_round(workspace: Workspace) -> dict[int, tuple[Sample, ...]]:
     return found
 
 
-def warnings_of(ref: StudyRef, refusals: Sequence[str]) -> tuple[str, ...]:
+def warnings_of(ref: StudyRef, plan: StudyPlan) -> tuple[str, ...]:
     """What every output of this run must say aloud."""
     privacy = ref.config.privacy
-    said = list(refusals)
+    said = [*plan.refusals, *plan.warnings, *(warning for domain in plan.domains for warning in domain.warnings)]
     if privacy.mode == "none":
         said.append("NOT PRIVATE: privacy.mode is 'none'; nothing was clipped, noised or charged.")
     if privacy.noise_seed is not None:

@@ -19,12 +19,13 @@ from fedmentor_core.adapters.lora import (
     state_to_bytes,
 )
 from fedmentor_core.config import AdapterConfig
-from fedmentor_core.errors import BudgetError
+from fedmentor_core.errors import BudgetError, ConfigError
 from fedmentor_core.hashing import derive_seed
 from fedmentor_core.privacy.ledger import Ledger, Terms
 from fedmentor_core.privacy.output import with_client_level_warning
 from fedmentor_core.privacy.plan import plan_domain
 from fedmentor_core.privacy.policy import SitePolicy, plan_under_policy, policy_of, under_policy
+from fedmentor_core.privacy.precautions import missing_precautions, shared_ledger_refusal
 from fedmentor_core.privacy.refusals import refused
 from fedmentor_core.privacy.shared_posts import with_shared_posts
 from fedmentor_core.records import (
@@ -295,6 +296,9 @@ class Workspace:
         """Plan from public numbers and the ledgers. Writes nothing."""
         from fedmentor_core.privacy.validation_plan import check_disjoint_units, with_validation
 
+        shared_ledger = shared_ledger_refusal(self.config)
+        if shared_ledger is not None:
+            raise ConfigError(shared_ledger + ".")
         if self.config.evaluation.gate_data == "private":
             check_disjoint_units(self.data)
         trained, _, _ = self._initial_states
@@ -327,6 +331,7 @@ class Workspace:
             bytes_per_round=sum(d.bytes_up_per_round + d.bytes_down_per_round for d in domains),
             refusals=tuple(refusal for domain in domains for refusal in domain.refusals)
             + tuple(one.refusal for domain in domains for one in domain.validation if one.refusal),
+            warnings=missing_precautions(self.config),
         )
         return with_shared_posts(made, self.config, self.data, self.ledger_store)
 

@@ -312,8 +312,8 @@ class Ledger:
                 raise BudgetError(
                     f"domain {self.domain!r}: {what} would pass tonight's share of the budget: this run has spent "
                     f"{by_this_run:.4g} of the RDP {run_rdp_share:.4g} that it may spend "
-                    f"({account.epsilon_spent(spent):.4g} of the lifetime epsilon {account.epsilon:g} is spent; the rest "
-                    "is kept for later runs). Nothing was trained or released."
+                    f"({account.epsilon_spent(spent):.4g} of the lifetime epsilon {account.epsilon:g} is spent; "
+                    "the rest is kept for later runs). Nothing was trained or released."
                 )
 
         try:

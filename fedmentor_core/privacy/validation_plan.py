@@ -126,7 +126,11 @@ def with_validation(
 
 def terms_of(plan: DomainPlan, config: StudyConfig) -> Terms:
     """What a validation account promises besides (epsilon, delta): it always protects one unit."""
-    return Terms(privacy_unit=plan.privacy_unit, planned_runs=config.privacy.planned_runs)
+    return Terms(
+        privacy_unit=plan.privacy_unit,
+        planned_runs=config.privacy.planned_runs,
+        policy_sha256=plan.policy_sha256,
+    )
 
 
 def check_disjoint_units(data: Mapping[str, "DomainData"]) -> None:
