@@ -37,7 +37,7 @@ class Study:
             ],
             "evaluation": {"gate_data": "public"},
             "tracking": {"experiment": "tests"},
-            "storage": {"endpoint_url": "http://key:secret@localhost:9000"},
+            "storage": {"endpoint_url": "http://localhost:9000"},
         }
     )
 

@@ -27,14 +27,17 @@ def runs(tracker: Tracker, query: str = ""):
 
 
 def test_parent_run_has_flat_params_and_tags(tracker, study):
-    run_id = tracker.start_study_run(study.config, "run-1", flow_run_id="flow-9", facts={"backbone.sha256": "ab"})
+    server = study.config.tracking.model_copy(update={"uri": "postgresql://key:secret@localhost:5432/mlflow"})
+    config = study.config.model_copy(update={"tracking": server})
+    run_id = tracker.start_study_run(config, "run-1", flow_run_id="flow-9", facts={"backbone.sha256": "ab"})
     run = mlflow_client(tracker.tracking_uri).get_run(run_id)
     assert run.info.run_name == "tiny-study"
     assert run.data.params["domains.sleep.epsilon"] == "8.0"
     assert run.data.params["training.batch_size"] == "64"
     assert run.data.params["backbone.sha256"] == "ab"
-    assert run.data.params["storage.endpoint_url"] == "http://***@localhost:9000"
-    assert run.data.tags["fedmentor.config_sha256"] == config_sha256(study.config)
+    assert run.data.params["storage.endpoint_url"] == "http://localhost:9000"
+    assert run.data.params["tracking.uri"] == "postgresql://***@localhost:5432/mlflow"
+    assert run.data.tags["fedmentor.config_sha256"] == config_sha256(config)
     assert run.data.tags["fedmentor.private"] == "true"
     assert run.data.tags["prefect.flow_run_id"] == "flow-9"
 
