@@ -15,7 +15,7 @@ from fedmentor_core.discretion import WithheldError, failure_reason, places_of, 
 from fedmentor_core.errors import ConfigError, FedMentorError
 
 if TYPE_CHECKING:
-    from fedmentor_core.config import StudyConfig
+    from fedmentor_core.config import StorageConfig, StudyConfig
     from fedmentor_core.records import StudySummary
 
 app = typer.Typer(
@@ -35,6 +35,9 @@ DEFAULT_CONFIG = CONFIGS / "quickstart.yaml"
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Study configuration (YAML).")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set rounds=2. Repeatable.")
+]
+EndpointOption = Annotated[
+    str | None, typer.Option("--endpoint-url", help="S3-compatible endpoint; default: AWS_ENDPOINT_URL, else Amazon's.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -142,6 +145,10 @@ def ledger(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Or a study's output folder.")] = None,
     domain: Annotated[str | None, typer.Option(help="Only this domain.")] = None,
+    endpoint_url: EndpointOption = None,
+    encryption_key_file: Annotated[
+        Path | None, typer.Option(help="Key file of an encrypted store (storage.encryption_key_file).")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show and verify the privacy ledgers: how much of each domain's budget is gone, and how much is left for tonight.
@@ -159,7 +166,10 @@ def ledger(
         if not (out / "store").is_dir():
             raise ConfigError(f"{out} holds no store. Give a study's output folder, or --store URL.")
         store = (out.resolve() / "store").as_uri()
-    found = read_ledgers(open_store(str(store)), [domain] if domain else [])
+    settings = _storage_settings(
+        endpoint_url=endpoint_url, encryption_key_file=None if encryption_key_file is None else str(encryption_key_file)
+    )
+    found = read_ledgers(open_store(str(store), settings), [domain] if domain else [])
     if as_json:
         print(found.model_dump_json(indent=2))
     else:
@@ -327,6 +337,33 @@ def rollback(
     print(f"{made.name} version {made.version} is champion again")
 
 
+@app.command()
+def doctor(
+    store: Annotated[
+        str | None, typer.Option(help="Store to try out (file:///path or s3://bucket/prefix); default: this machine.")
+    ] = None,
+    endpoint_url: EndpointOption = None,
+    region: Annotated[str, typer.Option(help="The bucket's region.")] = "us-east-1",
+    addressing_style: Annotated[str, typer.Option(help="path, virtual or auto.")] = "path",
+    as_json: JsonOption = False,
+) -> None:
+    """Try out a store for everything FedMentor relies on, or look at this machine; say what is missing and what to do.
+
+    Writes a few small objects (one of 5 MB) below the store's prefix and removes them again, or says what it left.
+
+    Example: **fedmentor doctor --store s3://fedmentor/site-a --endpoint-url http://localhost:9000**
+
+    Exit codes: 0 nothing failed, 2 bad input, 3 something we rely on is missing.
+    """
+    from flows.doctor import doctor_command
+
+    settings = _storage_settings(
+        endpoint_url=endpoint_url, region=region, addressing_style=addressing_style, deadline_seconds=15
+    )
+    if not doctor_command(store, settings, as_json=as_json):
+        raise typer.Exit(3)
+
+
 @data_app.command("describe")
 def data_describe(
     config: ConfigOption = DEFAULT_CONFIG,
@@ -448,6 +485,21 @@ def _load(config: Path, overrides: list[str] | None) -> "StudyConfig":
     from fedmentor_core.config_io import load_config
 
     return load_config(config, overrides or [])
+
+
+def _storage_settings(**given: Any) -> "StorageConfig":
+    from pydantic import ValidationError
+
+    from fedmentor_core.config import StorageConfig
+
+    try:
+        return StorageConfig(**given)
+    except ValidationError as error:
+        option = str(error.errors()[0]["loc"][-1]).replace("_", "-")
+        raise ConfigError(
+            f"--{option} cannot be used. Allowed: an endpoint such as http://localhost:9000 (credentials come from the "
+            "environment), and an addressing style of path, virtual or auto."
+        ) from None
 
 
 def _finished(study: "StudyConfig", folder: Path) -> "StudySummary | None":

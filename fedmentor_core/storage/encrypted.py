@@ -15,6 +15,8 @@ from fedmentor_core.storage.base import ArtifactStore, ObjectStat
 from fedmentor_core.storage.body import Body
 from fedmentor_core.storage.envelope import Key, opened_bytes, seal, sealed_bytes, unseal
 
+_HOW = "Make one with: (umask 077; openssl rand -hex 32 > KEYFILE)"
+
 
 class KeyRing:
     """Key-encryption keys: the first encrypts, all decrypt. To rotate, put a new key above the old ones."""
@@ -26,37 +28,48 @@ class KeyRing:
 
     @classmethod
     def from_file(cls, path: Path) -> "KeyRing":
-        """Read one key of 64 hex digits a line; empty lines and lines that begin with ``#`` do not count.
+        """Read a key file.
 
         Raises:
             ConfigError: the file is missing, open to others, or holds something else. Never quotes it.
         """
-        how = "Make one with: (umask 077; openssl rand -hex 32 > KEYFILE)"
         try:
             with path.open("rb") as handle:
                 mode = stat.S_IMODE(os.fstat(handle.fileno()).st_mode)
                 if mode & 0o077:
                     raise ConfigError(
                         f"key file {path} has mode {mode:04o}, so that others can use it; allowed: 0600 or 0400. Run "
-                        f"chmod 600 on it, and think of a new key."
+                        "chmod 600 on it, and think of a new key."
                     )
-                lines = handle.read().decode("ascii", errors="replace").splitlines()
+                text = handle.read().decode("ascii", errors="replace")
         except OSError as error:
-            raise ConfigError(f"key file {path} cannot be read: {error.strerror}. {how}") from error
+            raise ConfigError(f"key file {path} cannot be read: {error.strerror}. {_HOW}") from error
+        return cls.from_text(text, f"key file {path}")
+
+    @classmethod
+    def from_text(cls, text: str, source: str) -> "KeyRing":
+        """Read one key of 64 hex digits a line; empty lines and lines that begin with ``#`` do not count.
+
+        Args:
+            text: a key file's content, or a secret block's.
+            source: its name in messages.
+
+        Raises:
+            ConfigError: something else. Never quotes it.
+        """
         keys = []
-        for number, line in enumerate(lines, start=1):
-            text = line.strip()
-            if not text or text.startswith("#"):
+        for number, line in enumerate(text.splitlines(), start=1):
+            if not line.strip() or line.strip().startswith("#"):
                 continue
             try:
-                secret = bytes.fromhex(text)
+                secret = bytes.fromhex(line.strip())
             except ValueError:
                 secret = b""
             if len(secret) != 32:
-                raise ConfigError(f"key file {path}, line {number}: a key is 64 hex digits. {how}")
+                raise ConfigError(f"{source}, line {number}: a key is 64 hex digits. {_HOW}")
             keys.append(Key(secret))
         if not keys:
-            raise ConfigError(f"key file {path} holds no key. {how}")
+            raise ConfigError(f"{source} holds no key. {_HOW}")
         return cls(keys)
 
 

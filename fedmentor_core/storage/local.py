@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 from urllib.parse import unquote, urlparse
 
 from fedmentor_core.errors import ConflictError, IntegrityError, StorageError
@@ -83,18 +84,29 @@ class LocalStore(ArtifactStore):
 
     def stat(self, key: str) -> ObjectStat | None:
         """See ``ArtifactStore``. No digest is given: reading a file is cheap, and surer than what was noted."""
-        path = self._path(check_key(key))
-        return ObjectStat(path.stat().st_size, None) if path.is_file() else None
+        with self._told("look up", check_key(key)):
+            try:
+                found = self._path(key).stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return ObjectStat(found.st_size, None) if S_ISREG(found.st_mode) else None
 
     def list_keys(self, prefix: str) -> Iterator[str]:
-        """See ``ArtifactStore``."""
+        """See ``ArtifactStore``. A folder that cannot be read is an error: nothing is left out silently."""
+
+        def refuse(error: OSError) -> None:
+            raise error
+
         base = self._path(check_key(prefix)) if prefix else self.root
-        found = []
-        for folder, folders, names in os.walk(base):
-            if folder == str(self.root) and RESERVED in folders:
-                folders.remove(RESERVED)
-            below = Path(folder).relative_to(self.root).as_posix()
-            found += [name if below == "." else f"{below}/{name}" for name in names]
+        found: list[str] = []
+        with self._told("list", prefix or "all"):
+            if not base.is_dir():
+                return
+            for folder, folders, names in os.walk(base, onerror=refuse):
+                if folder == str(self.root) and RESERVED in folders:
+                    folders.remove(RESERVED)
+                below = Path(folder).relative_to(self.root).as_posix()
+                found += [name if below == "." else f"{below}/{name}" for name in names]
         yield from sorted(found)
 
     def _read_pointer(self, key: str) -> tuple[bytes, str] | None:

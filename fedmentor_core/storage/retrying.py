@@ -68,7 +68,7 @@ class Patience:
             try:
                 return operation(attempt)
             except TransientError as error:
-                longest = min(self.longest_wait_seconds, self.first_wait_seconds * 2**attempt.number)
+                longest = min(self.longest_wait_seconds, self.first_wait_seconds * 2.0 ** min(attempt.number, 60))
                 wait = self.uniform(0.0, longest)
                 attempt.number += 1
                 if self.clock() + wait > attempt.ends_at:

@@ -53,7 +53,7 @@ class S3Store(ArtifactStore):
     def _create(self, key: str, body: Body) -> None:
         self._check_conditions()
         token = secrets.token_hex(16)
-        headers = {"Metadata": {_SHA256: body.sha256, _WRITER: token}, **self._encryption()}
+        headers = {"Metadata": {_SHA256: body.sha256, _WRITER: token}, **self.encryption_headers()}
         try:
             if body.n_bytes > self._settings.multipart_threshold_bytes:
                 self._create_in_parts(key, body, headers)
@@ -148,7 +148,7 @@ class S3Store(ArtifactStore):
         what = f"move pointer {key}"
         try:
             response = self.client.call(
-                what, "put_object", Key=self._pointer(key), Body=data, **condition, **self._encryption()
+                what, "put_object", Key=self._pointer(key), Body=data, **condition, **self.encryption_headers()
             )
         except (ConditionError, MissingError) as error:
             if isinstance(error, ConditionError) and error.unclear:
@@ -222,7 +222,9 @@ class S3Store(ArtifactStore):
             probe = f"{self._root}{RESERVED}/probe"
             for _ in range(2):  # the first creates the probe, unless an earlier process did
                 try:
-                    self.client.call("write a probe", "put_object", Key=probe, Body=b"", IfNoneMatch="*")
+                    self.client.call(
+                        "write a probe", "put_object", Key=probe, Body=b"", IfNoneMatch="*", **self.encryption_headers()
+                    )
                 except ConditionError:
                     self._conditions_hold = True
                     return
@@ -241,7 +243,8 @@ class S3Store(ArtifactStore):
             raise StorageError(f"bucket {self.client.bucket} does not exist at {self.client.endpoint}.") from None
         self._bucket_seen = True
 
-    def _encryption(self) -> dict[str, str]:
+    def encryption_headers(self) -> dict[str, str]:
+        """What asks the server to encrypt; on every write, for a bucket's policy may demand it."""
         asked = {
             "ServerSideEncryption": self._settings.server_side_encryption,
             "SSEKMSKeyId": self._settings.kms_key_id,

@@ -140,8 +140,8 @@ class S3Client:
         except GaveUpError as error:
             raise StorageError(
                 f"cannot {what} in bucket {self.bucket} at {self.endpoint}: {error.reason}; gave up after "
-                f"{error.attempts} attempts in {error.seconds:.0f} s (storage.deadline_seconds: "
-                f"{self.patience.deadline_seconds:g}). Check that the server is up and reachable, then run again: "
+                f"{error.attempts} attempt{'s' * (error.attempts > 1)} in {error.seconds:.1f} s "
+                f"(storage.deadline_seconds: {self.patience.deadline_seconds:g}). Check that the server is up and reachable, then run again: "
                 "nothing is half-written."
             ) from None
 
@@ -167,7 +167,7 @@ class S3Client:
                 return MissingError(code)
             if status == 416:
                 return RangeError(code)
-            if code in _TRANSIENT_CODES or status >= 500 or status == 429:
+            if code in _TRANSIENT_CODES or status in (409, 429) or status >= 500:
                 return TransientError(f"the server says {code}" if code else f"the server says {status}")
             return self._refused(what, code or str(status))
         if isinstance(error, SSLError):

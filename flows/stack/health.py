@@ -135,7 +135,7 @@ def wait_until_healthy(
         for service in left:
             seen = check(service, state)
             if seen.healthy:
-                say(f"{service.name} {seen.detail}" + (f" at {service.url}" if service.url else ""))
+                say(f"{service.name}{f' at {service.url}' if service.url else ''}: {seen.detail}")
             elif seen.pid is None or time.monotonic() > until:
                 what = seen.detail if seen.pid is None else f"not healthy after {timeout_seconds:.0f} s ({seen.detail})"
                 raise StackError(f"{service.name}: {what}.{_last_lines(seen.log)}")

@@ -5,22 +5,24 @@ of which a part died. Every process is written down as soon as it is started, so
 happened to the command that started it.
 """
 
-import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from fedmentor_core.errors import ConfigError
 from flows.stack import health, processes, provisioning
 from flows.stack.health import PrefectApi, StackStatus, check
+from flows.stack.interruption import Interruptions
 from flows.stack.services import MLFLOW, PREFECT, S3, WORKER, Service, require_s3_server, services
 from flows.stack.settings import HOST, POSTGRES_VARIABLE, StackError, StackSettings
 from flows.stack.state import StackFolder, StackState
 
 Say = Callable[[str], None]
+_PATIENCE_SECONDS = 45.0  # a worker sends a heartbeat every 30 s
 _VERSIONED = ("fedmentor", "prefect", "mlflow", "moto", "fastapi", "sqlalchemy")
 _FIXED_WHILE_UP = ("prefect_port", "mlflow_port", "s3_port", "s3_endpoint", "database", "database_prefix")
 
@@ -45,7 +47,7 @@ def up(folder: StackFolder, settings: StackSettings, postgres: str | None, say: 
         wanted = services(settings, folder, postgres)
         _stop_outdated(folder, state, wanted, settings, say)
         state.settings = settings
-        broken = [service for service in wanted if not _works(service, state)]
+        broken = _find_broken(wanted, state, say)
         if not broken and state.deployed == digest:
             say("everything is up already")
             return status(folder)
@@ -54,24 +56,26 @@ def up(folder: StackFolder, settings: StackSettings, postgres: str | None, say: 
             if postgres is None:
                 raise ConfigError(f"database postgresql needs its URL: --postgres-url URL, or {POSTGRES_VARIABLE}.")
             provisioning.make_databases(settings, postgres)
-        with _stopping_what_was_started(folder, state, say):
-            _stop(folder, state, [service.name for service in broken])  # what a dead service left behind
+        environments = {service.name: service.environment() for service in broken}
+        _stop(folder, state, [service.name for service in broken])  # what a dead service left behind
+        with _stopping_what_was_started(folder, state, say) as interruptions:
             _check_ports(broken)
             state.versions = _versions()
             servers = [service for service in broken if not service.is_worker]
-            _start(folder, state, servers, say)
+            _start(folder, state, servers, environments, interruptions, say)
             health.wait_until_healthy(servers, state, say, timeout_seconds=settings.start_timeout_seconds)
             if settings.s3_endpoint is None and S3 in {service.name for service in broken}:
                 provisioning.make_bucket(settings)
             provisioning.make_work_pools(settings)
             workers = [service for service in broken if service.is_worker]
-            _start(folder, state, workers, say)
+            _start(folder, state, workers, environments, interruptions, say)
             if state.deployed != digest or not PrefectApi(settings).deployments():
                 say("applying prefect.yaml")
                 provisioning.deploy(settings, folder)
                 state.deployed = digest
                 folder.save(state)
-            health.wait_until_healthy(workers, state, say, timeout_seconds=settings.start_timeout_seconds)
+            all_workers = [service for service in wanted if service.is_worker]
+            health.wait_until_healthy(all_workers, state, say, timeout_seconds=settings.start_timeout_seconds)
         return status(folder)
 
 
@@ -93,7 +97,8 @@ def status(folder: StackFolder) -> StackStatus:
     deployments: tuple[str, ...] = ()
     if next(row for row in rows if row.name == PREFECT).healthy:
         api = PrefectApi(settings)
-        pools, deployments = api.work_pools(), api.deployments()
+        with suppress(StackError):  # it ended meanwhile; its row says what was seen
+            pools, deployments = api.work_pools(), api.deployments()
     return StackStatus(
         directory=str(folder.path),
         healthy=all(row.healthy for row in rows),
@@ -109,7 +114,7 @@ def status(folder: StackFolder) -> StackStatus:
 
 
 def down(folder: StackFolder, say: Say) -> bool:
-    """Stop every process of the stack, workers first, and leave its data and logs. True if anything was recorded.
+    """Stop every process of the stack, workers first, and leave its data and logs. False where there is no stack.
 
     Raises:
         StackError: a process did not end.
@@ -118,19 +123,36 @@ def down(folder: StackFolder, say: Say) -> bool:
         return False
     with folder.locked():
         state = folder.load()
-        if state is None or not state.services:
+        if state is None:
             return False
-        workers = [name for name in state.services if name.startswith(WORKER)]
-        for names in (workers, [name for name in state.services if name not in workers]):
-            if names:
-                say(f"stopping {', '.join(names)}")
-                _stop(folder, state, names)
+        all_names = {service.name for service in services(state.settings, folder, None)} | state.services.keys()
+        workers = sorted(name for name in all_names if name.startswith(WORKER))
+        for names in (workers, sorted(all_names.difference(workers))):
+            say(f"stopping {', '.join(names)}")
+            _stop(folder, state, names)
         return True
 
 
-def _works(service: Service, state: StackState) -> bool:
-    seen = check(service, state)
-    return seen.healthy or (seen.pid is not None and check(service, state).healthy)  # busy is not dead: ask twice
+def _find_broken(wanted: Sequence[Service], state: StackState, say: Say) -> list[Service]:
+    """Return what must be started again: what ended, and what lives but says nothing for a while.
+
+    Busy is not dead, and a worker that is restarted loses the training it runs. So a silent one gets time, and no
+    worker is judged while Prefect, through which alone it speaks, does not work.
+    """
+    until = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        seen = {service.name: check(service, state) for service in wanted}
+        judged = [
+            service
+            for service in wanted
+            if seen[service.name].pid is None or seen[PREFECT].healthy or not service.is_worker
+        ]
+        broken = [service for service in judged if not seen[service.name].healthy]
+        silent = [service.name for service in broken if seen[service.name].pid is not None]
+        if not silent or time.monotonic() > until:
+            return broken
+        say(f"waiting for {', '.join(silent)} to answer")
+        time.sleep(_PATIENCE_SECONDS / 10)
 
 
 def _check_change(state: StackState, settings: StackSettings) -> None:
@@ -158,27 +180,36 @@ def _check_ports(starting: Sequence[Service]) -> None:
                 ) from None
 
 
-def _start(folder: StackFolder, state: StackState, starting: Sequence[Service], say: Say) -> None:
+def _start(
+    folder: StackFolder,
+    state: StackState,
+    starting: Sequence[Service],
+    environments: Mapping[str, Mapping[str, str]],
+    interruptions: Interruptions,
+    say: Say,
+) -> None:
     for service in starting:
         say(f"starting {service.name}")
-        Path(service.env["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
-        state.services[service.name] = processes.start(
-            service.name,
-            service.command,
-            service.env,
-            stack_id=state.stack_id,
-            cwd=Path(service.env["PREFECT_HOME"]),
-            log=folder.logs / f"{service.name}.log",
-        )
-        folder.save(state)
+        home = Path(service.env["PREFECT_HOME"])
+        home.mkdir(parents=True, exist_ok=True)
+        with interruptions.held():
+            state.services[service.name] = processes.start(
+                service.name,
+                service.command,
+                environments[service.name],
+                stack_id=state.stack_id,
+                cwd=home,
+                log=folder.logs / f"{service.name}.log",
+            )
+            folder.save(state)
 
 
 def _stop(folder: StackFolder, state: StackState, names: Sequence[str]) -> None:
-    chosen = {name: state.services[name] for name in names if name in state.services}
-    if chosen:
-        processes.stop(state.stack_id, chosen)
-        for name in chosen:
-            del state.services[name]
+    """Stop services by name, also one that a killed command started and had no time to write down."""
+    if names:
+        processes.stop(state.stack_id, {name: state.services.get(name) for name in names})
+        for name in names:
+            state.services.pop(name, None)
         folder.save(state)
 
 
@@ -196,25 +227,20 @@ def _stop_outdated(
 
 
 @contextmanager
-def _stopping_what_was_started(folder: StackFolder, state: StackState, say: Say) -> Iterator[None]:
+def _stopping_what_was_started(folder: StackFolder, state: StackState, say: Say) -> Iterator[Interruptions]:
     """On an error, ctrl-C or TERM: stop what started inside, leave what ran before."""
-    before = {name: record for name, record in state.services.items() if processes.find(record)}
-
-    def on_term(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, on_term)
-    try:
-        yield
-    except BaseException as error:
-        new = [name for name, record in state.services.items() if before.get(name) != record]
-        say(f"stopping what was started: {', '.join(new) or 'nothing'}")
-        _stop(folder, state, new)
-        if isinstance(error, KeyboardInterrupt):
-            raise StackError("interrupted. What was started is stopped again.") from None
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    before = dict(state.services)
+    with Interruptions() as interruptions:
+        try:
+            yield interruptions
+        except BaseException as error:
+            with suppress(KeyboardInterrupt), interruptions.held():  # a second ctrl-C must not cut this short
+                new = [name for name, record in state.services.items() if before.get(name) != record]
+                say(f"stopping what was started: {', '.join(new) or 'nothing'}")
+                _stop(folder, state, new)
+            if isinstance(error, KeyboardInterrupt):
+                raise StackError("interrupted. What was started is stopped again.") from None
+            raise
 
 
 def _versions() -> dict[str, str]:

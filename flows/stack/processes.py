@@ -48,10 +48,9 @@ def find(record: ServiceRecord) -> psutil.Process | None:
         return None
 
 
-def members(stack_id: str, services: Mapping[str, ServiceRecord]) -> list[psutil.Process]:
+def members(stack_id: str, services: Mapping[str, ServiceRecord | None]) -> list[psutil.Process]:
     """Return every living process of these services: the leaders, their groups, and whoever carries their mark."""
-    leaders = {name: process for name, record in services.items() if (process := find(record))}
-    groups = {process.pid for process in leaders.values()}  # each leads the session and the group it was started in
+    groups = {process.pid for process in _leaders(services)}  # each leads the session and group it was started in
     marks = {f"{stack_id}/{name}" for name in services}
     own = os.getpid()
     found = []
@@ -64,25 +63,40 @@ def members(stack_id: str, services: Mapping[str, ServiceRecord]) -> list[psutil
     return found
 
 
-def stop(stack_id: str, services: Mapping[str, ServiceRecord], *, grace_seconds: float = 15.0) -> None:
+def stop(stack_id: str, services: Mapping[str, ServiceRecord | None], *, grace_seconds: float = 15.0) -> None:
     """End these services and all their processes: TERM to the leaders, then to the rest, KILL to what is left.
+
+    Args:
+        stack_id: the stack's mark.
+        services: by name; None where none is on record, which still ends whoever carries that service's mark.
+        grace_seconds: time for the leaders to end in their own way.
 
     Raises:
         StackError: a process did not end even so.
     """
-    leaders = [process for record in services.values() if (process := find(record))]
+    leaders = _leaders(services)
     _signal(leaders, kill=False)
     _gone(leaders, grace_seconds)
     rest = members(stack_id, services)
     _signal(rest, kill=False)
     _gone(rest, min(grace_seconds, 5.0))
+    seen_none = 0
     for _ in range(_KILL_ROUNDS):  # again and again: a dying parent may start one more child
         rest = members(stack_id, services)
-        if not rest:
+        if rest:
+            seen_none = 0
+            _signal(rest, kill=True)
+            _gone(rest, 1.0)
+            continue
+        seen_none += 1
+        if seen_none == 2:  # once is not enough: a process that is just being replaced shows no environment
             return
-        _signal(rest, kill=True)
-        _gone(rest, 1.0)
+        time.sleep(_POLL_SECONDS)
     raise StackError(f"processes {[process.pid for process in rest]} did not end. See {MARK} in their environment.")
+
+
+def _leaders(services: Mapping[str, ServiceRecord | None]) -> list[psutil.Process]:
+    return [process for record in services.values() if record is not None and (process := find(record))]
 
 
 def _belongs(process: psutil.Process, groups: set[int], marks: set[str]) -> bool:

@@ -46,11 +46,20 @@ class Service:
     port_option: str = ""
     pool: str | None = None
     note: str = ""
+    env_file: Path | None = None
 
     @property
     def is_worker(self) -> bool:
         """Whether this is a worker: it listens nowhere and is asked about through Prefect."""
         return self.pool is not None
+
+    def environment(self) -> dict[str, str]:
+        """All its variables, those of ``env_file`` too: they are read when it starts, and never kept or shown.
+
+        Raises:
+            ConfigError: the file cannot be read, or a line is no NAME=VALUE; the line is not quoted.
+        """
+        return self.env if self.env_file is None else self.env | _read_env_file(self.env_file)
 
 
 def services(settings: StackSettings, folder: StackFolder, postgres: str | None) -> tuple[Service, ...]:
@@ -107,25 +116,19 @@ def require_s3_server(settings: StackSettings) -> None:
         )
 
 
-def secret_env(site: SiteSettings) -> dict[str, str]:
-    """Read a site's ``env_file``: one NAME=VALUE a line, ``#`` for remarks. Its content is never kept or shown.
-
-    Raises:
-        ConfigError: the file cannot be read, or a line is no NAME=VALUE; the line is not quoted.
-    """
-    if site.env_file is None:
-        return {}
+def _read_env_file(path: Path) -> dict[str, str]:
+    """Read one NAME=VALUE a line; ``#`` begins a remark."""
     try:
-        lines = site.env_file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"env_file of site {site.name}: cannot read {site.env_file} ({error.strerror}).") from None
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read env_file {path}: {type(error).__name__}.") from None
     found = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         name, separator, value = line.partition("=")
         if not separator or not name.strip().isidentifier():
-            raise ConfigError(f"env_file of site {site.name}: line {number} must be NAME=VALUE.")
+            raise ConfigError(f"env_file {path}: line {number} must be NAME=VALUE.")
         found[name.strip()] = value.strip()
     return found
 
@@ -186,7 +189,7 @@ def _s3(settings: StackSettings, folder: StackFolder) -> Service:
         url=settings.s3_url,
         port=settings.s3_port,
         port_option="--s3-port",
-        note="answers; for trying only: it forgets when it stops",
+        note="answers; forgets at stop",
     )
 
 
@@ -198,7 +201,7 @@ def _worker(settings: StackSettings, folder: StackFolder, site: SiteSettings | N
     if settings.s3_endpoint is None:
         env |= {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_DEFAULT_REGION": "us-east-1"}
     if site is not None:
-        env |= {"FEDMENTOR_SITE": site.name, **site.env, **secret_env(site)}
+        env |= {"FEDMENTOR_SITE": site.name, **site.env}
         if site.data_root is not None:
             env["FEDMENTOR_DATA_ROOT"] = str(site.data_root.resolve())
     return Service(
@@ -209,6 +212,7 @@ def _worker(settings: StackSettings, folder: StackFolder, site: SiteSettings | N
         ),
         env=env,
         pool=pool,
+        env_file=None if site is None else site.env_file,
     )  # fmt: skip
 
 

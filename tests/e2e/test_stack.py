@@ -90,6 +90,9 @@ def test_telemetry_is_off_everywhere(stack):
         assert environment["DO_NOT_TRACK"] == "1"
         assert environment["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
         assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    pages = f"http://127.0.0.1:{stack.ports[1]}/ajax-api/3.0/mlflow/ui-telemetry"
+    assert httpx.get(pages, timeout=30).json()["disable_ui_telemetry"] is True
+    assert httpx.post(pages, json={"records": []}, timeout=30).json() == {"status": "disabled"}
 
 
 def test_up_again_changes_nothing(stack):
@@ -146,20 +149,27 @@ def ended(http: httpx.Client, url: str) -> dict:
     raise AssertionError(f"still {state}")
 
 
-def test_a_killed_server_is_noticed_and_mended_and_the_rest_left_alone(stack):
-    """MLflow's child goes on holding the port when its parent is killed: mending it must end that first."""
+def test_killed_servers_are_noticed_and_mended_and_the_rest_left_alone(stack):
+    """MLflow's child goes on holding the port when its parent is killed: mending must end that first.
+
+    Workers live through the loss of Prefect: one that trains would lose its work if it were started again.
+    """
     services = stack.remembered()["services"]
     psutil.Process(services["mlflow"]["pid"]).kill()
-
     status = stack.status()
     assert status["exit_code"] == 1
     assert {row["name"] for row in status["services"] if not row["healthy"]} == {"mlflow"}
     assert "ended" in next(row["detail"] for row in status["services"] if row["name"] == "mlflow")
 
-    assert stack.command("up").returncode == 0
+    psutil.Process(services["prefect"]["pid"]).kill()
+    status = stack.status()
+    assert status["workers_online"] == [], "nobody can tell without Prefect"
+    assert status["deployments"] == []
+
+    mending = stack.command("up")
+    assert mending.returncode == 0, mending.stderr
     mended = stack.remembered()["services"]
-    assert mended["mlflow"] != services["mlflow"]
-    assert {name for name in services if mended[name] != services[name]} == {"mlflow"}
+    assert {name for name in services if mended[name] != services[name]} == {"mlflow", "prefect"}
     assert stack.status()["healthy"]
 
 
@@ -200,9 +210,8 @@ def test_a_taken_port_is_refused_before_anything_starts(tmp_path):
     assert stack.processes() == {}
 
 
-@pytest.mark.parametrize("interruption", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_up_stops_what_it_started(tmp_path, interruption):
-    stack = RunningStack(tmp_path / "state")
+def half_started(stack: RunningStack) -> subprocess.Popen[str]:
+    """An ``up`` that has started its servers and waits for them."""
     starting = subprocess.Popen(
         stack.line("up", *stack.port_options()), env=stack.environment(), stderr=subprocess.PIPE, text=True
     )
@@ -210,10 +219,27 @@ def test_an_interrupted_up_stops_what_it_started(tmp_path, interruption):
     for line in starting.stderr:
         if "starting s3" in line:
             break
+    return starting
+
+
+@pytest.mark.parametrize("interruption", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_up_stops_what_it_started(tmp_path, interruption):
+    stack = RunningStack(tmp_path / "state")
+    starting = half_started(stack)
     starting.send_signal(interruption)
-    rest = starting.stderr.read()
-    assert starting.wait(timeout=120) == 1
+    _, rest = starting.communicate(timeout=120)
+    assert starting.returncode == 1
     assert "interrupted" in rest
+    assert stack.processes() == {}
+
+
+def test_down_finds_what_a_killed_up_left(tmp_path):
+    stack = RunningStack(tmp_path / "state")
+    starting = half_started(stack)
+    starting.kill()
+    starting.communicate(timeout=120)
+    assert set(stack.processes().values()) >= {"prefect", "mlflow"}
+    assert stack.command("down").returncode == 0
     assert stack.processes() == {}
 
 

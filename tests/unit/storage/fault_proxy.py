@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-_ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>quotes AKIASECRET and s3cr3t</Message></Error>"
+SECRET = "s3cr3t-never-shown"
+_ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>quotes AKIATEST and " + SECRET + "</Message></Error>"
 
 
 @dataclass
@@ -133,7 +134,11 @@ class FaultProxy:
 
 
 def _answer(
-    handler: BaseHTTPRequestHandler, status: int, headers: list[tuple[str, str]], content: bytes, announced: int | None = None
+    handler: BaseHTTPRequestHandler,
+    status: int,
+    headers: list[tuple[str, str]],
+    content: bytes,
+    announced: int | None = None,
 ) -> None:
     handler.send_response_only(status)
     for name, value in headers:

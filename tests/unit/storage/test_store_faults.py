@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SECRET
-from fault_proxy import Fault, FaultProxy
+from fault_proxy import SECRET, Fault, FaultProxy
 
 from fedmentor_core.config import StorageConfig
 from fedmentor_core.errors import AlreadyExistsError, ConflictError, IntegrityError, NotFoundError, StorageError
@@ -25,7 +24,7 @@ PASSING = {
     "429": Fault("status", status=429, code="TooManyRequests"),
     "409": Fault("status", status=409, code="ConditionalRequestConflict"),
     "400 bad digest": Fault("status", status=400, code="BadDigest"),
-    "slow": Fault("slow", seconds=1.5),
+    "slow": Fault("slow", seconds=0.8),
     "not XML": Fault("status", status=502, code="<<<"),
 }
 
@@ -36,7 +35,7 @@ def again(fault: Fault, where: str = "") -> Fault:
 
 @pytest.mark.parametrize("name", PASSING)
 def test_passing_fault_on_any_request_is_got_over(flaky: Flaky, proxy: FaultProxy, name: str) -> None:
-    store = flaky()
+    store = flaky(read_timeout_seconds=0.5 if name == "slow" else 5)
     proxy.inject(again(PASSING[name], "PUT"))
     store.put_bytes("a/b", b"hello")  # strict: an own write whose response was lost is not another's
     proxy.inject(again(PASSING[name], "HEAD"))
@@ -69,7 +68,7 @@ def test_body_spoilt_on_the_way_is_read_again(flaky: Flaky, proxy: FaultProxy, t
 
 
 def test_body_that_stays_spoilt_is_refused(flaky: Flaky, proxy: FaultProxy, tmp_path: Path) -> None:
-    store = flaky(deadline_seconds=0.5)
+    store = flaky()
     ref = store.put("a/b", b"hello")
     store.swap_pointer("head", b"1", None)
     proxy.inject(Fault("corrupt", "GET", times=99))
@@ -106,30 +105,29 @@ def test_payload_is_signed(flaky: Flaky) -> None:
     assert signed == [ref.sha256]
 
 
-def test_own_lost_write_is_told_from_anothers_equal_bytes(flaky: Flaky, proxy: FaultProxy, raw: Any, bucket: str) -> None:
+def test_own_lost_write_is_told_from_anothers_equal_bytes(flaky: Flaky, proxy: FaultProxy, s3_endpoint: str) -> None:
     store = flaky()
     proxy.inject(Fault("lose", "PUT"))
     store.put_bytes("ours", b"same")
-    theirs = open_store(f"s3://{bucket}/site-a", StorageConfig(endpoint_url=proxy.url))
+    theirs = open_store(store.url, StorageConfig(endpoint_url=s3_endpoint))
     # Another creates the very same bytes after our request was dropped and before we try again.
-    proxy.inject(Fault("drop", "PUT .*theirs"), Fault("first", "PUT .*theirs", action=lambda: theirs.put_bytes("theirs", b"same")))
+    proxy.inject(Fault("drop", "theirs"), Fault("first", "theirs", action=lambda: theirs.put_bytes("theirs", b"same")))
     with pytest.raises(AlreadyExistsError):
         store.put_bytes("theirs", b"same")
     assert store.put("theirs", b"same").n_bytes == 4, "for an idempotent put, equal bytes are ours"
 
 
-def test_own_lost_pointer_move_is_told_from_anothers(flaky: Flaky, proxy: FaultProxy) -> None:
+def test_own_lost_pointer_move_is_told_from_anothers(flaky: Flaky, proxy: FaultProxy, s3_endpoint: str) -> None:
     store = flaky()
     seen = store.swap_pointer("head", b"0", None)
-    proxy.inject(Fault("drop", "PUT"), Fault("first", "PUT", action=lambda: other.swap_pointer("head", b"1", seen)))
-    other = open_store(store.url, StorageConfig(endpoint_url=proxy.url))
-    other._check_conditions()  # type: ignore[attr-defined]
-    proxy.faults.sort(key=lambda fault: fault.kind)
-    proxy.clear()
+    other = open_store(store.url, StorageConfig(endpoint_url=s3_endpoint))
     proxy.inject(Fault("drop", "PUT"), Fault("first", "PUT", action=lambda: other.swap_pointer("head", b"1", seen)))
     with pytest.raises(ConflictError):
         store.swap_pointer("head", b"1", seen)
-    assert store.read_pointer("head") is not None
+    found = store.read_pointer("head")
+    assert found is not None
+    proxy.inject(Fault("lose", "PUT"))
+    assert store.swap_pointer("head", b"1", found).version != found.version
 
 
 def test_spurious_412_loses_nothing(flaky: Flaky, proxy: FaultProxy) -> None:
@@ -147,7 +145,6 @@ REFUSED = {
     "403 secret": (403, "SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"),
     "403 rights": (403, "AccessDenied", "s3:PutObject"),
     "400 expired": (400, "ExpiredToken", "renew"),
-    "301": (301, "PermanentRedirect", "storage.region"),
     "404 bucket": (404, "NoSuchBucket", "Create the bucket"),
     "501": (400, "NotImplemented", "doctor"),
     "unknown": (418, "Teapot", "doctor"),
@@ -171,7 +168,7 @@ def test_lasting_refusal_fails_at_once_and_clearly(flaky: Flaky, proxy: FaultPro
             call()
         assert not isinstance(caught.value, (NotFoundError, AlreadyExistsError, ConflictError))
         assert len(proxy.log) == 1, "not tried again"
-        for secret in ("AKIA", SECRET, "s3cr3t"):
+        for secret in ("AKIA", SECRET):
             assert secret not in str(caught.value)
             assert secret not in repr(caught.value.__cause__)
     proxy.clear()
@@ -181,7 +178,7 @@ def test_lasting_refusal_fails_at_once_and_clearly(flaky: Flaky, proxy: FaultPro
 def test_head_with_wrong_credentials_is_said(flaky: Flaky, proxy: FaultProxy) -> None:
     store = flaky()
     proxy.inject(Fault("status", "HEAD", status=403, times=9))
-    with pytest.raises(StorageError, match="look up a/b .*403.*AWS_ACCESS_KEY_ID.*clock"):
+    with pytest.raises(StorageError, match=r"look up a/b .*403.*AWS_ACCESS_KEY_ID.*clock"):
         store.exists("a/b")
 
 
@@ -191,7 +188,7 @@ def test_lasting_trouble_ends_at_the_deadline(flaky: Flaky, proxy: FaultProxy, n
     fault = again(PASSING[name])
     fault.times = 999
     proxy.inject(fault)
-    with pytest.raises(StorageError, match=r"read a/b .*gave up after \d+ attempts.*deadline_seconds: 0.4"):
+    with pytest.raises(StorageError, match=r"read a/b .*gave up after \d+ attempts?.*deadline_seconds: 0.4"):
         store.get_bytes("a/b")
 
 
@@ -216,7 +213,7 @@ def test_no_credentials_is_said(s3_endpoint: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     store = open_store("s3://b", StorageConfig(endpoint_url=s3_endpoint))
-    with pytest.raises(StorageError, match="NoCredentialsError.*Set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(StorageError, match=r"NoCredentialsError.*Set AWS_ACCESS_KEY_ID"):
         store.get_bytes("k")
 
 
@@ -244,7 +241,11 @@ def test_server_that_ignores_conditions_is_found_out_before_the_first_write(
         params["headers"].pop("If-None-Match", None)
 
     store.client.boto.meta.events.register("before-call.s3.PutObject", forget)  # type: ignore[attr-defined]
-    for write in (lambda: store.put_bytes("k", b"1"), lambda: store.put("k", b"2"), lambda: store.swap_pointer("k", b"", None)):
+    for write in (
+        lambda: store.put_bytes("k", b"1"),
+        lambda: store.put("k", b"2"),
+        lambda: store.swap_pointer("k", b"", None),
+    ):
         with pytest.raises(StorageError, match="ignores If-None-Match"):
             write()
     assert [item["Key"] for item in raw.list_objects_v2(Bucket=bucket)["Contents"]] == ["p/.fedmentor/probe"]
@@ -263,9 +264,7 @@ DATA = random.Random(0).randbytes(11 * MIB)
 
 @pytest.mark.parametrize("where", [r"POST .*uploads", r"PUT .*partNumber=2", r"POST .*uploadId"])
 @pytest.mark.parametrize("name", ["dropped", "response lost", "503"])
-def test_passing_fault_in_a_multipart_upload(
-    large: ArtifactStore, proxy: FaultProxy, name: str, where: str
-) -> None:
+def test_passing_fault_in_a_multipart_upload(large: ArtifactStore, proxy: FaultProxy, name: str, where: str) -> None:
     proxy.inject(again(PASSING[name], where))
     large.put_bytes("big", DATA)
     assert large.get_bytes("big") == DATA
@@ -273,7 +272,9 @@ def test_passing_fault_in_a_multipart_upload(
     assert not proxy.faults[0].times
 
 
-def test_multipart_upload_that_fails_leaves_nothing(large: ArtifactStore, proxy: FaultProxy, raw: Any, bucket: str) -> None:
+def test_multipart_upload_that_fails_leaves_nothing(
+    large: ArtifactStore, proxy: FaultProxy, raw: Any, bucket: str
+) -> None:
     for code in ("AccessDenied", "EntityTooSmall"):
         proxy.inject(Fault("status", "partNumber=3", status=403, code=code))
         with pytest.raises(StorageError, match=code):
@@ -308,10 +309,11 @@ def test_stream_goes_on_after_faults(large: ArtifactStore, proxy: FaultProxy) ->
 
 def test_object_replaced_while_streamed_is_noticed(large: ArtifactStore, raw: Any, bucket: str) -> None:
     ref = large.put("big", DATA)
-    pieces = large.stream(ref)
-    with pytest.raises(IntegrityError):
-        for _ in pieces:
-            raw.put_object(Bucket=bucket, Key="site-a/big", Body=DATA[::-1])
+    pieces = large._pieces("big", ref.n_bytes)
+    assert next(pieces) == DATA[: 8 * MIB]
+    raw.put_object(Bucket=bucket, Key="site-a/big", Body=DATA[::-1])
+    with pytest.raises(IntegrityError, match="changed while it was read"):
+        next(pieces)
 
 
 # --- no needless requests, settings --------------------------------------------------------------------------------
@@ -331,7 +333,9 @@ def test_requests_are_few(flaky: Flaky, proxy: FaultProxy) -> None:
 
 
 @pytest.mark.parametrize("asked", [("AES256", None), ("aws:kms", "key-1")])
-def test_server_side_encryption_is_passed_on(flaky: Flaky, raw: Any, bucket: str, asked: tuple[Any, str | None]) -> None:
+def test_server_side_encryption_is_passed_on(
+    flaky: Flaky, raw: Any, bucket: str, asked: tuple[Any, str | None]
+) -> None:
     store = flaky(
         server_side_encryption=asked[0], kms_key_id=asked[1],
         multipart_threshold_bytes=5 * MIB, multipart_part_bytes=5 * MIB,
