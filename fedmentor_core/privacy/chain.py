@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from fedmentor_core.errors import AlreadyExistsError, LedgerError, NotFoundError, StorageError
+from fedmentor_core.errors import AlreadyExistsError, IntegrityError, LedgerError, NotFoundError, StorageError
 from fedmentor_core.hashing import canonical_json, sha256_bytes
 from fedmentor_core.records import LedgerEntry
 from fedmentor_core.storage.base import ArtifactStore
@@ -55,6 +55,8 @@ class Chain:
                 data = self._store.get_bytes(key)
             except NotFoundError:
                 raise self.broken(sequence, "it vanished while it was read") from None
+            except IntegrityError:
+                raise self.broken(sequence, "its bytes are not those that were stored") from None
             entry = self._parse(sequence, data)
             if entry.sequence != sequence or entry.previous != previous or entry.domain != self.account:
                 raise self.broken(sequence, "its place in the chain does not match")
@@ -63,7 +65,7 @@ class Chain:
         if witnesses and witnesses[-1] >= self._witness_key(len(found)):
             raise self.broken(len(found), "it was written and is missing")
         last = self._witness_key(len(found) - 1)
-        if last in witnesses and self._store.get_bytes(last) != previous.encode():
+        if last in witnesses and self._witnessed(last) != previous:
             raise self.broken(len(found) - 1, "its digest is not the one that was witnessed")
         return found
 
@@ -113,6 +115,13 @@ class Chain:
             self._store.put(self._witness_key(sequence), digest.encode())
         except StorageError as error:
             raise LedgerError(f"ledger of {self.account!r} cannot be witnessed: {error} Training stops.") from error
+
+    def _witnessed(self, key: str) -> str:
+        """The digest in a witness; empty where the witness itself was changed, which fits no entry."""
+        try:
+            return self._store.get_bytes(key).decode("ascii", "replace")
+        except IntegrityError:
+            return ""
 
     def _witness_key(self, sequence: int) -> str:
         return f"ledger-witnesses/{self.account}/{sequence:08d}"

@@ -141,8 +141,8 @@ class S3Client:
             raise StorageError(
                 f"cannot {what} in bucket {self.bucket} at {self.endpoint}: {error.reason}; gave up after "
                 f"{error.attempts} attempt{'s' * (error.attempts > 1)} in {error.seconds:.1f} s "
-                f"(storage.deadline_seconds: {self.patience.deadline_seconds:g}). Check that the server is up and reachable, then run again: "
-                "nothing is half-written."
+                f"(storage.deadline_seconds: {self.patience.deadline_seconds:g}). Check that the server is up and "
+                "reachable, then run again: nothing is half-written."
             ) from None
 
     def _translated(self, error: Exception, what: str, attempt: Attempt) -> Exception:

@@ -9,9 +9,13 @@ import pytest
 from fault_proxy import Fault, FaultProxy
 
 from fedmentor_core.config import StorageConfig
+from fedmentor_core.errors import LedgerError
 from fedmentor_core.privacy.filter import PrivacyAccount
 from fedmentor_core.privacy.ledger import Ledger
 from fedmentor_core.storage.base import ArtifactStore, open_store
+from fedmentor_core.storage.encrypted import EncryptedStore, KeyRing
+from fedmentor_core.storage.envelope import Key
+from fedmentor_core.storage.local import LocalStore
 
 ACCOUNT = PrivacyAccount(epsilon=8.0, delta=1e-5, rdp_order=8.0, rdp_budget=6.0)
 
@@ -69,3 +73,16 @@ def test_racing_writers_with_lost_responses_charge_once_each(
         list(pool.map(write, ("a", "b")))
     found = charged(flaky())
     assert sorted(found) == [(run, i) for run in "ab" for i in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["ledgers", "ledger-witnesses"])
+def test_entry_changed_under_encryption_breaks_the_ledger(tmp_path: Path, kind: str) -> None:
+    """The store itself notices; the account must fail closed all the same, as a ledger and not as a storage error."""
+    store = EncryptedStore(LocalStore(tmp_path), KeyRing((Key(b"k" * 32),)))
+    opened(store)
+    path = sorted((tmp_path / kind / "one").iterdir())[-1]
+    sealed = bytearray(path.read_bytes())
+    sealed[-1] ^= 1
+    path.write_bytes(sealed)
+    with pytest.raises(LedgerError, match="broken at entry"):
+        Ledger(store, "one").entries()
