@@ -8,7 +8,7 @@ STACK  ?= runs/stack
 SHELL  := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint format typecheck unit up status down clean
+.PHONY: help install run test lint format typecheck unit audit-deps up status down clean
 
 help:            ## Show this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -39,6 +39,9 @@ unit: $(STAMP)     ## pytest
 format: $(STAMP)   ## Mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+audit-deps: $(STAMP)  ## Known vulnerabilities of the pinned packages (pip-audit); skipped where its database is out of reach
+	@$(BIN)/python infra/audit_deps.py
 
 up: $(STAMP)       ## Start the stack on this machine: Prefect, MLflow, S3, a worker per site (UP="--site a --site b")
 	@$(BIN)/fedmentor up --dir $(STACK) $(UP)

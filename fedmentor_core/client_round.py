@@ -92,10 +92,11 @@ def run_client(
         update, attempt = recovered
         return _commit(workspace, assignment, plan, account, update, attempt, started)
 
-    refusal = refusal or _sharing_refusal(workspace, plan)
-    if refusal is not None:
-        ledger.refuse(account, run_id=assignment.run_id, round_index=assignment.round_index, reason=refusal)
-        return _rest(assignment, plan, account, ledger.spent_rdp(), refusal, started)
+    shared = _sharing_refusal(workspace, plan) if refusal is None else None
+    inward, outward = (shared, workspace.outward(shared)) if shared is not None else (refusal, refusal)
+    if inward is not None and outward is not None:
+        ledger.refuse(account, run_id=assignment.run_id, round_index=assignment.round_index, reason=inward)
+        return _rest(assignment, plan, account, ledger.spent_rdp(), outward, started)
     assert assignment.noise_multiplier is not None
     attempt = ledger.next_attempt(assignment.run_id, assignment.round_index)
     events = charged_events(workspace.config.privacy.level, assignment.sample_rate, assignment.steps)
@@ -211,7 +212,7 @@ def _commit(
     spent = None if account is None else account.epsilon_spent(workspace.ledger(assignment.domain).spent_rdp())
     down = assignment.global_adapter.n_bytes
     if assignment.round_index == 0:
-        down += workspace.initial_adapter.frozen.n_bytes  # the shared frozen factors travel once
+        down += workspace.frozen_adapter.n_bytes  # the shared frozen factors travel once
     result = _result(assignment, plan, "trained", spent, started).model_copy(
         update={
             "attempt": attempt,
@@ -234,14 +235,27 @@ def _rest(
     started: float,
 ) -> ClientUpdate:
     spent = 0.0 if account is None else account.epsilon_spent(spent_rdp)
-    return _result(assignment, plan, "rested", spent, started).model_copy(update={"steps": 0, "reason": reason})
+    return rested_client(assignment, plan, spent, reason, started)
+
+
+def rested_client(
+    assignment: ClientAssignment, plan: DomainPlan, epsilon_spent: float, reason: str, started: float | None = None
+) -> ClientUpdate:
+    """The record of a client that rests; ``started`` on the clock of ``time.perf_counter``."""
+    begun = time.perf_counter() if started is None else started
+    result = _result(assignment, plan, "rested", epsilon_spent, begun)
+    return result.model_copy(update={"steps": 0, "reason": reason})
 
 
 def failed_client(
-    assignment: ClientAssignment, plan: DomainPlan, epsilon_spent: float | None, reason: str
+    assignment: ClientAssignment,
+    plan: DomainPlan,
+    epsilon_spent: float | None,
+    reason: str,
+    status: ClientStatus = "failed",
 ) -> ClientUpdate:
-    """The record of a client whose attempts all failed."""
-    result = _result(assignment, plan, "failed", epsilon_spent, time.perf_counter())
+    """The record of a client whose attempts all failed, or whose answer was rejected."""
+    result = _result(assignment, plan, status, epsilon_spent, time.perf_counter())
     return result.model_copy(update={"reason": reason})
 
 

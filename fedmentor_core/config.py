@@ -79,7 +79,10 @@ class DomainConfig(Section):
     """
 
     name: Name = Field(description="Lower-case name, used in paths, tables and the ledger.")
-    source: Source = Field(description="Where the domain's data comes from.")
+    source: Source = Field(
+        description="Where the domain's data comes from: kind invented (corpus, n_units); dreaddit, irf or multiwd "
+        "(form); csv or jsonl (path, columns); hub (name, columns); or site, with 'site' below."
+    )
     sensitivity: Sensitivity | None = Field(default=None, description="How sensitive the domain's text is.")
     epsilon: float | None = Field(default=None, gt=0, le=100, description="Lifetime budget; lower is more private.")
     delta: float | None = Field(
@@ -95,6 +98,10 @@ class DomainConfig(Section):
         default=None,
         description="The site's own policy (YAML): budget, least noise, clip norm, sample rate, allowed backbones and "
         "adapters. It overrides whatever a study asks for. Default: a policy derived from this configuration.",
+    )
+    site: Name | None = Field(
+        default=None,
+        description="The site of 'sites' that holds the domain; with source.kind 'site', and only then.",
     )
     shares_posts_with: tuple[Name, ...] = Field(
         default=(),
@@ -112,6 +119,13 @@ class DomainConfig(Section):
                 f"domain {self.name!r} must give exactly one of 'epsilon' and 'sensitivity' "
                 f"(got epsilon={self.epsilon}, sensitivity={self.sensitivity})"
             )
+        if (self.source.kind == "site") != (self.site is not None):
+            raise ValueError(
+                f"domain {self.name!r}: 'site' goes with source.kind 'site' (got site={self.site}, "
+                f"source.kind={self.source.kind!r})"
+            )
+        if self.site is not None and self.policy_file is not None:
+            raise ValueError(f"domain {self.name!r}: 'policy_file' belongs to the site's own file, not to the study")
         return self
 
 
@@ -269,9 +283,10 @@ class ThresholdConfig(Section):
     metric: Metric
     at_least: float | None = Field(default=None, description="Passes when the metric is >= this.")
     at_most: float | None = Field(default=None, description="Passes when the metric is <= this.")
-    relative_to: Literal["none", "baseline", "reference"] = Field(
+    relative_to: Literal["none", "baseline", "reference", "champion"] = Field(
         default="none",
-        description="'baseline': times the untrained backbone's value; 'reference': times the reference run's.",
+        description="'baseline': times the untrained backbone's value; 'reference': times the reference run's; "
+        "'champion': times the current champion's on the same gate set (passes while there is none, and says so).",
     )
     offset: float = Field(default=0.0, description="Added to the bound after the multiplication.")
     scope: str = Field(default="overall", description="'overall', 'each' (every domain) or one domain's name.")
@@ -370,7 +385,9 @@ class TrackingConfig(Section):
     """MLflow."""
 
     enabled: bool = Field(default=True)
-    uri: str | None = Field(default=None, description="MLflow tracking URI; default: sqlite in the output folder.")
+    uri: str | None = Field(
+        default=None, description="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite in the output folder."
+    )
     experiment: str = Field(default="fedmentor", min_length=1)
     registered_model: str = Field(default="fedmentor-adapter", min_length=1)
     reference_run_id: str | None = Field(
@@ -397,12 +414,42 @@ class ExecutionConfig(Section):
     )
 
 
+class SiteConfig(Section):
+    """A site as the server knows it: how it is asked and whose answers are believed. Nothing of its data."""
+
+    public_key: str = Field(
+        pattern=r"^[0-9a-f]{64}$",
+        description="Ed25519 key that the site's answers must be signed with; 'fedmentor site keygen' prints it.",
+    )
+    store_url: str | None = Field(
+        default=None,
+        pattern=r"^(file:///|s3://).+",
+        description="The site's own store, which the server only reads; default: the site's folder in the study's.",
+    )
+    deployment: str | None = Field(
+        default=None,
+        pattern=r"^[^/]+/[^/]+$",
+        description="Prefect deployment that the site's worker carries out; default: client-site/NAME.",
+    )
+    start_within_seconds: float = Field(
+        default=600.0, gt=0, description="A request that no worker took up by then is withdrawn: the site is down."
+    )
+    deadline_seconds: float = Field(
+        default=7200.0, gt=0, description="Longest wait for an answer; the round then goes on without the site."
+    )
+    poll_seconds: float = Field(default=2.0, ge=0.1, le=60, description="How often the server looks for an answer.")
+
+
 class StudyConfig(Section):
     """A whole federated study."""
 
     name: Name = Field(description="The study's name.")
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Data order, initial weights. Never DP noise.")
     rounds: int = Field(default=3, ge=1, le=10_000, description="Federated rounds.")
+    start_from: Literal["backbone", "champion"] = Field(
+        default="backbone",
+        description="Round 0's adapter: a new one, or the registered model's champion (a new one while it has none).",
+    )
     backbone: BackboneConfig = BackboneConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
@@ -416,6 +463,7 @@ class StudyConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     audit: AuditConfig = AuditConfig()
     execution: ExecutionConfig = ExecutionConfig()
+    sites: dict[Name, SiteConfig] = Field(default={}, description="Sites that hold domains, by name.")
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:
@@ -423,6 +471,9 @@ class StudyConfig(Section):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"domains: names must differ; repeated: {repeated}")
+        unknown = sorted({one.site for one in self.domains if one.site is not None} - set(self.sites))
+        if unknown:
+            raise ValueError(f"domains: no site {', '.join(unknown)} in 'sites' (there: {sorted(self.sites)})")
         if self.aggregation.min_clients > len(names):
             raise ValueError(
                 f"aggregation.min_clients is {self.aggregation.min_clients} but there are only {len(names)} domains"
@@ -443,6 +494,11 @@ class StudyConfig(Section):
                 "Set it to false, or privacy.level to 'unit'"
             )
         self._check_gate(names)
+        if self.needs_champion and not self.tracking.enabled:
+            raise ValueError(
+                "start_from or a threshold names the champion, which MLflow's registry knows: set tracking.enabled to "
+                "true, or compare with 'baseline' and start from 'backbone'"
+            )
         return self
 
     def _check_gate(self, names: list[str]) -> None:
@@ -480,6 +536,16 @@ class StudyConfig(Section):
             if domain.name == name:
                 return domain
         raise KeyError(name)
+
+    @property
+    def compares_with_champion(self) -> bool:
+        """Whether a threshold refers to the champion."""
+        return any(threshold.relative_to == "champion" for threshold in self.evaluation.thresholds)
+
+    @property
+    def needs_champion(self) -> bool:
+        """Whether the study must know the champion before it starts."""
+        return self.start_from == "champion" or self.compares_with_champion
 
     @property
     def is_private(self) -> bool:

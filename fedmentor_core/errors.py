@@ -77,5 +77,21 @@ class UpdateRejectedError(FedMentorError):
     """A client update that must not be aggregated (shape, dtype, NaN, digest, round, study)."""
 
 
+class SiteError(FedMentorError):
+    """A site that gave no usable answer; the round goes on without it."""
+
+
+class SiteUnavailableError(SiteError):
+    """A site that is down, or did not answer by its deadline."""
+
+
+class AnswerRejectedError(SiteError):
+    """A site's answer that must not count: unsigned, another study's or round's, or not what was asked."""
+
+
+class SharedPostsError(BudgetError):
+    """Posts that are also another account's; the message holds their share, which does not leave a site."""
+
+
 class DeadlineError(FedMentorError):
     """A step loop that ran past its deadline."""

@@ -16,7 +16,6 @@ import random
 import time
 from collections.abc import Callable
 
-from fedmentor_core.adapters.lora import load_state
 from fedmentor_core.data.units import digest_key, fingerprint
 from fedmentor_core.discretion import discreet
 from fedmentor_core.errors import AlreadyExistsError, DataError, IntegrityError
@@ -184,10 +183,8 @@ def _noised_means(
     units = [str(row["unit_id"]) for row in data.rows]
     n_units = len(set(units))
     with workspace.evaluation_lock:
-        model = workspace.evaluation_model
-        load_state(model, workspace.full_adapter_state(adapter))
         scored = score_rows(
-            model,
+            workspace.evaluation_model_with(adapter),
             workspace.backbone.tokenizer,
             data,
             scorers,

@@ -131,6 +131,14 @@ class DomainEvaluation(Record):
     seconds: float
 
 
+class MissingEvaluation(Record):
+    """A domain whose site did not evaluate an adapter, and why; a candidate with one never passes its gate."""
+
+    domain: str
+    split: Literal["gate", "test"]
+    reason: str
+
+
 class ThresholdResult(Record):
     """One line of the gate's verdict."""
 
@@ -139,8 +147,9 @@ class ThresholdResult(Record):
     value: float | None
     comparison: Literal[">=", "<="]
     bound: float | None = Field(description="None when what it is relative to is not available; then it fails.")
-    relative_to: Literal["none", "baseline", "reference"]
+    relative_to: Literal["none", "baseline", "reference", "champion"]
     passed: bool
+    note: str = Field(default="", description="Why the line passes without a bound; empty otherwise.")
 
     def __str__(self) -> str:
         """One readable line."""
@@ -148,7 +157,8 @@ class ThresholdResult(Record):
         bound = "not available" if self.bound is None else f"{self.bound:.4f}"
         against = "" if self.relative_to == "none" else f" (from the {self.relative_to})"
         verdict = "pass" if self.passed else "FAIL"
-        return f"{verdict}: {self.metric} [{self.scope}] {shown} {self.comparison} {bound}{against}"
+        note = f"; {self.note}" if self.note else ""
+        return f"{verdict}: {self.metric} [{self.scope}] {shown} {self.comparison} {bound}{against}{note}"
 
 
 class GateVerdict(Record):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedmentor_core.adapters.lora import State, load_state
+from fedmentor_core.adapters.lora import State
 from fedmentor_core.aggregation.base import WeightedUpdate, check_update, normalised
 from fedmentor_core.aggregation.fedavg import fedavg
 from fedmentor_core.errors import FedMentorError, UpdateRejectedError
@@ -22,6 +22,7 @@ from fedmentor_core.records import (
     ClientSummary,
     ClientUpdate,
     DomainEvaluation,
+    DomainPlan,
     EvaluationMetrics,
     GateSummary,
     GateVerdict,
@@ -164,10 +165,8 @@ def evaluate(
     data = workspace.evaluation_set(domain, name)
     scorers = workspace.scorers
     with workspace.evaluation_lock:
-        model = workspace.evaluation_model
-        load_state(model, workspace.full_adapter_state(adapter))
         result = evaluate_domain(
-            model,
+            workspace.evaluation_model_with(adapter),
             workspace.backbone.tokenizer,
             data,
             scorers,
@@ -185,6 +184,7 @@ def adapt(
     state: RoundState,
     metrics: EvaluationMetrics,
     comparisons: Comparisons,
+    updates: Sequence[ClientUpdate] = (),
 ) -> tuple[list[NoiseDecision], dict[str, float | None], dict[str, int]]:
     """After the gate: each domain's next noise multiplier, by the configured rule and within its bounds.
 
@@ -193,15 +193,18 @@ def adapt(
         state: where the study stood before the round.
         metrics: of the gate set: public, or noised and charged.
         comparisons: what a relative threshold refers to.
+        updates: of the round: what sites say is spent.
 
     Returns:
-        A decision for every domain that trains under privacy, every domain's next noise multiplier, and its count of
-        rounds below the threshold.
+        A decision for every domain that trains under privacy and was evaluated, every domain's next noise multiplier,
+        and its count of rounds below the threshold.
     """
     config = workspace.config
     decisions: list[NoiseDecision] = []
     noise, below = dict(state.noise), dict(state.rounds_below)
     for plan in workspace.plan.domains:
+        if plan.domain not in metrics.by_domain:
+            continue  # its site did not answer: nothing is known that could change its noise
         utility = float(getattr(metrics.by_domain[plan.domain], config.adaptation.metric))
         threshold = threshold_for(config.adaptation, plan.domain, comparisons)
         below[plan.domain] = count_below(below[plan.domain], utility, threshold)
@@ -212,7 +215,7 @@ def adapt(
             config,
             plan,
             noise_multiplier=current,
-            spent_rdp=plan.spent_rdp_before + workspace.ledger(plan.domain).spent_rdp_by(workspace.ref.run_id),
+            spent_rdp=_spent_rdp(workspace, plan, state.round_index, updates),
             rounds_left=config.rounds - state.round_index - 1,
             utility=utility,
             threshold=threshold,
@@ -223,6 +226,26 @@ def adapt(
             noise[plan.domain] = decision.noise_after
             decisions.append(decision)
     return decisions, noise, below
+
+
+def _spent_rdp(workspace: Workspace, plan: DomainPlan, round_index: int, updates: Sequence[ClientUpdate]) -> float:
+    """What a domain's account has spent: its ledger says it here, and what its site told where that is elsewhere."""
+    if workspace.config.domain(plan.domain).site is None:
+        return plan.spent_rdp_before + workspace.ledger(plan.domain).spent_rdp_by(workspace.ref.run_id)
+    from fedmentor_core.site.spending import most_spent_rdp
+
+    return most_spent_rdp(workspace, plan, client_history(workspace, plan.domain, round_index, updates))
+
+
+def client_history(
+    workspace: Workspace, domain: str, round_index: int, updates: Sequence[ClientUpdate] = ()
+) -> list[ClientUpdate | ClientSummary]:
+    """A domain's record of every committed round before ``round_index``, and of ``updates``."""
+    manifests = (find_manifest(workspace, earlier) for earlier in range(round_index))
+    found: list[ClientUpdate | ClientSummary] = []
+    for manifest in manifests:
+        found.extend(() if manifest is None else manifest.summary.clients)
+    return [client for client in (*found, *updates) if client.domain == domain]
 
 
 def commit_round(
@@ -237,7 +260,7 @@ def commit_round(
 ) -> RoundManifest:
     """Decide the next noise and write the round's manifest, create-if-absent: the commit point."""
     metrics = combine(evaluations)
-    decisions, noise, below = adapt(workspace, state, metrics, comparisons)
+    decisions, noise, below = adapt(workspace, state, metrics, comparisons, updates)
     manifest = RoundManifest(
         run_id=workspace.ref.run_id,
         round_index=state.round_index,

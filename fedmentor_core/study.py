@@ -10,19 +10,29 @@ from functools import partial
 from typing import Literal, Protocol
 
 from fedmentor_core import rounds
+from fedmentor_core.champion import Champion
 from fedmentor_core.client_round import failed_client, run_client
 from fedmentor_core.discretion import failure_reason
-from fedmentor_core.errors import ConfigError, LedgerError
+from fedmentor_core.errors import (
+    AnswerRejectedError,
+    ConfigError,
+    LedgerError,
+    SiteError,
+    SiteUnavailableError,
+)
 from fedmentor_core.evaluation.evaluate import combine
 from fedmentor_core.evaluation.gate import judge
 from fedmentor_core.progress import Listener, ProgressEvent, silent
 from fedmentor_core.records import (
     ArtifactRef,
     ClientAssignment,
+    ClientStatus,
     ClientUpdate,
     DomainEvaluation,
+    DomainPlan,
     EvaluationMetrics,
     GateVerdict,
+    MissingEvaluation,
     ModelSummary,
     RoundManifest,
     Sample,
@@ -30,10 +40,14 @@ from fedmentor_core.records import (
     StudySummary,
 )
 from fedmentor_core.rounds import Comparisons, RoundState
+from fedmentor_core.site.asking import Deliver, ask_evaluation, ask_plan, ask_training
+from fedmentor_core.site.planning import joined_plan
+from fedmentor_core.site.spending import most_spent_epsilon
 from fedmentor_core.study_ref import StudyRef
 from fedmentor_core.workspace import Workspace, workspace_of
 
 SetName = Literal["gate", "test"]
+Evaluations = Sequence[DomainEvaluation | MissingEvaluation]
 
 
 class Engine(Protocol):
@@ -41,6 +55,10 @@ class Engine(Protocol):
 
     def in_round(self, round_index: int, body: Callable[[], RoundManifest]) -> RoundManifest:
         """Run a round's body; an orchestrator may wrap it."""
+        ...
+
+    def plan(self) -> StudyPlan:
+        """The plan, for which sites are asked where the run has none yet."""
         ...
 
     def train(self, assignments: Sequence[ClientAssignment]) -> list[ClientUpdate]:
@@ -51,8 +69,8 @@ class Engine(Protocol):
         """Join the updates into the next global adapter."""
         ...
 
-    def evaluate(self, adapter: ArtifactRef, split: SetName) -> list[DomainEvaluation]:
-        """Evaluate on every domain."""
+    def evaluate(self, adapter: ArtifactRef, split: SetName) -> Evaluations:
+        """Evaluate on every domain; a site that does not answer is reported, not raised."""
         ...
 
     def gate(self, metrics: EvaluationMetrics, comparisons: Comparisons) -> GateVerdict:
@@ -61,6 +79,10 @@ class Engine(Protocol):
 
     def reference(self) -> EvaluationMetrics | None:
         """Gate metrics of the reference run, where one is configured."""
+        ...
+
+    def champion(self) -> Champion | None:
+        """Fix who is champion now, where the study needs one, or find who was when the study first started."""
         ...
 
     def track_round(self, manifest: RoundManifest) -> None:
@@ -75,27 +97,36 @@ class Engine(Protocol):
 class InProcess:
     """Plain function calls; no tracking, no registry."""
 
-    def __init__(self, workspace: Workspace, listen: Listener = silent) -> None:
-        """Carry out the steps in this process."""
+    def __init__(self, workspace: Workspace, listen: Listener = silent, deliver: Deliver | None = None) -> None:
+        """Carry out the steps in this process; requests to sites, if there are any, go by ``deliver``."""
         self.workspace = workspace
         self.listen = listen
+        self.deliver = deliver
 
     def in_round(self, round_index: int, body: Callable[[], RoundManifest]) -> RoundManifest:
         """No wrapping."""
         return body()
 
+    def plan(self) -> StudyPlan:
+        """Ask one site after another, where domains are at sites."""
+        names = [domain.name for domain in self.workspace.domains_at_sites]
+        return settle_plan(self.workspace, lambda: [plan_one(self.workspace, name, self.deliver) for name in names])
+
     def train(self, assignments: Sequence[ClientAssignment]) -> list[ClientUpdate]:
         """One client after another, with retries."""
-        return [train_with_retries(self.workspace, assignment, self.listen) for assignment in assignments]
+        return [
+            train_with_retries(self.workspace, assignment, self.listen, self.deliver) for assignment in assignments
+        ]
 
     def aggregate(self, base: ArtifactRef, updates: Sequence[ClientUpdate]) -> tuple[ArtifactRef, list[ClientUpdate]]:
         """See ``rounds.aggregate``."""
         return rounds.aggregate(self.workspace, base, updates)
 
-    def evaluate(self, adapter: ArtifactRef, split: SetName) -> list[DomainEvaluation]:
+    def evaluate(self, adapter: ArtifactRef, split: SetName) -> Evaluations:
         """One domain after another."""
         return [
-            evaluate_one(self.workspace, adapter, d.name, split, self.listen) for d in self.workspace.config.domains
+            evaluate_one(self.workspace, adapter, d.name, split, self.listen, self.deliver)
+            for d in self.workspace.config.domains
         ]
 
     def gate(self, metrics: EvaluationMetrics, comparisons: Comparisons) -> GateVerdict:
@@ -107,6 +138,10 @@ class InProcess:
         if self.workspace.config.tracking.reference_run_id is not None:
             raise ConfigError("tracking.reference_run_id needs MLflow: run the study with 'fedmentor run'.")
         return None
+
+    def champion(self) -> Champion | None:
+        """Whoever was fixed before; looking one up needs a registry, which the core does not know."""
+        return self.workspace.champion if self.workspace.config.needs_champion else None
 
     def track_round(self, manifest: RoundManifest) -> None:
         """Nothing to track."""
@@ -129,6 +164,7 @@ def run_study(ref: StudyRef, engine: Engine | None = None, listen: Listener = si
 
     Raises:
         BudgetError: no domain's budget carries the plan.
+        ConfigError: the champion that the study is to start from does not fit it; nothing was charged.
         FedMentorError: too few usable updates in a round, and other errors named there.
     """
     workspace = workspace_of(ref)
@@ -137,16 +173,20 @@ def run_study(ref: StudyRef, engine: Engine | None = None, listen: Listener = si
     started = rounds.now()
 
     listen(ProgressEvent("prepare", "loading backbone, data and plan", n_rounds=config.rounds))
-    plan = workspace.plan
-    initial = workspace.initial_adapter.trained
+    plan = engine.plan()
+    champion = engine.champion()
+    state = RoundState.first(workspace)  # first of all: a champion to start from that does not fit is refused here
+    untrained = workspace.untrained_adapter
     listen(ProgressEvent("baseline", "evaluating the untrained backbone"))
-    baseline_evaluations = engine.evaluate(initial, "gate")
-    baseline_gate = combine(baseline_evaluations)
-    baseline = combine(engine.evaluate(initial, "test"))
-    comparisons: Comparisons = {"baseline": baseline_gate, "reference": engine.reference()}
+    baseline_evaluations = engine.evaluate(untrained, "gate")
+    baseline_tests = engine.evaluate(untrained, "test")
+    comparisons: Comparisons = {
+        "baseline": comparable(baseline_evaluations),
+        "reference": engine.reference(),
+        **_champion_metrics(workspace, engine, champion, listen),
+    }
 
     manifests: list[RoundManifest] = []
-    state = RoundState.first(workspace)
     exhausted = False
     for round_index in range(config.rounds):
         manifest = rounds.find_manifest(workspace, round_index)
@@ -170,7 +210,8 @@ def run_study(ref: StudyRef, engine: Engine | None = None, listen: Listener = si
     selected = select_round(manifests)
     chosen = manifests[selected if selected is not None else -1]
     listen(ProgressEvent("final", "evaluating on the test set"))
-    final = combine(engine.evaluate(chosen.adapter, "test"))
+    final_tests = engine.evaluate(chosen.adapter, "test")
+    unanswered = missing([*baseline_evaluations, *baseline_tests, *final_tests])
     summary = StudySummary(
         run_id=ref.run_id,
         study=config.name,
@@ -179,15 +220,15 @@ def run_study(ref: StudyRef, engine: Engine | None = None, listen: Listener = si
         config_sha256=ref.config_sha256,
         backbone=workspace.backbone_summary(),
         adapter=workspace.adapter_summary(),
-        scorers=baseline_evaluations[0].scorers,
-        baseline=baseline,
-        baseline_gate=baseline_gate,
+        scorers=answered(baseline_evaluations)[0].scorers,
+        baseline=combine(answered(baseline_tests)),
+        baseline_gate=combine(answered(baseline_evaluations)),
         rounds=tuple(manifest.summary for manifest in manifests),
         selected_round=chosen.round_index,
-        final=final,
+        final=combine(answered(final_tests)),
         plan=plan,
         model=None,
-        warnings=warnings_of(ref, plan),
+        warnings=(*warnings_of(ref, plan), *dict.fromkeys(map(said_of, unanswered))),
         store_url=workspace.store.url,
         tracking_uri=None,
         seconds_total=rounds.now() - started,
@@ -201,6 +242,18 @@ def run_study(ref: StudyRef, engine: Engine | None = None, listen: Listener = si
     return summary.model_copy(update={"model": model, "status": status, "seconds_total": rounds.now() - started})
 
 
+def _champion_metrics(
+    workspace: Workspace, engine: Engine, champion: Champion | None, listen: Listener
+) -> Comparisons:
+    """The champion on tonight's gate set: nothing where there is none, None where its backbone is another."""
+    if champion is None or not workspace.config.compares_with_champion:
+        return {}
+    if champion.backbone_sha256 != workspace.backbone.sha256:
+        return {"champion": None}
+    listen(ProgressEvent("baseline", f"evaluating the champion (version {champion.version})"))
+    return {"champion": comparable(engine.evaluate(champion.adapter, "gate"))}
+
+
 def _run_round(
     workspace: Workspace, engine: Engine, state: RoundState, comparisons: Comparisons, listen: Listener
 ) -> RoundManifest:
@@ -212,10 +265,46 @@ def _run_round(
     adapter, judged = engine.aggregate(state.adapter, updates)
     listen(ProgressEvent("evaluate", "evaluating the candidate", round_index=index, n_rounds=total))
     evaluations = engine.evaluate(adapter, "gate")
-    verdict = engine.gate(combine(evaluations), comparisons)
+    judgeable = answered(evaluations)
+    verdict = without_missing(engine.gate(combine(judgeable), comparisons), missing(evaluations))
     return rounds.commit_round(
-        workspace, state, adapter, judged, evaluations, verdict, comparisons, rounds.now() - started
+        workspace, state, adapter, judged, judgeable, verdict, comparisons, rounds.now() - started
     )
+
+
+def answered(evaluations: Evaluations) -> list[DomainEvaluation]:
+    """Those that were made.
+
+    Raises:
+        SiteError: none was.
+    """
+    made = [one for one in evaluations if isinstance(one, DomainEvaluation)]
+    if not made:
+        reasons = "; ".join(map(said_of, missing(evaluations)))
+        raise SiteError(f"no domain was evaluated ({reasons}). What is finished is kept; run again to go on.")
+    return made
+
+
+def missing(evaluations: Evaluations) -> list[MissingEvaluation]:
+    """Those that a site did not make."""
+    return [one for one in evaluations if isinstance(one, MissingEvaluation)]
+
+
+def said_of(one: MissingEvaluation) -> str:
+    """A missing evaluation in one line."""
+    return f"the {one.split} set of domain {one.domain!r} was not evaluated: {one.reason}"
+
+
+def comparable(evaluations: Evaluations) -> EvaluationMetrics | None:
+    """Metrics that a candidate may be compared with: None where a domain is missing, which fails every such line."""
+    return None if missing(evaluations) else combine(answered(evaluations))
+
+
+def without_missing(verdict: GateVerdict, unanswered: Sequence[MissingEvaluation]) -> GateVerdict:
+    """The verdict, failed where a domain was not evaluated: nobody knows whether the candidate is safe there."""
+    if not unanswered:
+        return verdict
+    return verdict.model_copy(update={"passed": False, "reasons": (*verdict.reasons, *map(said_of, unanswered))})
 
 
 def select_round(manifests: Sequence[RoundManifest]) -> int | None:
@@ -239,30 +328,73 @@ def select_round(manifests: Sequence[RoundManifest]) -> int | None:
     return max(passing, key=utility)
 
 
-def train_with_retries(workspace: Workspace, assignment: ClientAssignment, listen: Listener) -> ClientUpdate:
-    """One client's round in this process; what still fails after the retries is reported as 'failed'."""
-    reason = ""
+def train_with_retries(
+    workspace: Workspace, assignment: ClientAssignment, listen: Listener, deliver: Deliver | None = None
+) -> ClientUpdate:
+    """One client's round; what still fails after the retries is reported as 'failed' or 'rejected'."""
+    error: Exception | None = None
     for _ in range(workspace.config.execution.client_retries + 1):
         try:
-            return train_one(workspace, assignment, listen)
+            return train_one(workspace, assignment, listen, deliver)
         except LedgerError:
             raise
-        except Exception as error:  # any failure of a client is a fact about the round
-            reason = failure_reason(error)
-    return report_failure(workspace, assignment, reason)
+        except (SiteUnavailableError, AnswerRejectedError) as final:
+            error = final
+            break
+        except Exception as again:  # any failure of a client is a fact about the round
+            error = again
+    assert error is not None
+    return report_failure(workspace, assignment, error)
 
 
-def report_failure(workspace: Workspace, assignment: ClientAssignment, reason: str) -> ClientUpdate:
-    """The record of a client that failed for good."""
+def report_failure(workspace: Workspace, assignment: ClientAssignment, error: BaseException) -> ClientUpdate:
+    """The record of a client that failed for good, or whose answer was rejected."""
     plan = next(plan for plan in workspace.plan.domains if plan.domain == assignment.domain)
+    status: ClientStatus = "rejected" if isinstance(error, AnswerRejectedError) else "failed"
+    made = failed_client(assignment, plan, None, failure_reason(error), status)
     spent = None
-    if plan.rdp_order is not None:
+    if workspace.config.domain(assignment.domain).site is not None:
+        history = rounds.client_history(workspace, assignment.domain, assignment.round_index, [made])
+        spent = most_spent_epsilon(workspace, plan, history)
+    elif plan.rdp_order is not None:
         spent = workspace.ledger(assignment.domain).view().epsilon_spent
-    return failed_client(assignment, plan, spent, reason)
+    return made.model_copy(update={"epsilon_spent": spent})
 
 
-def train_one(workspace: Workspace, assignment: ClientAssignment, listen: Listener) -> ClientUpdate:
-    """One client's round, with progress."""
+def settle_plan(workspace: Workspace, ask: Callable[[], Sequence[DomainPlan | SiteError]]) -> StudyPlan:
+    """The run's plan; where it has none yet, joined from what is planned here and what ``ask`` brings from the sites.
+
+    Args:
+        workspace: the study's.
+        ask: one plan for each of ``workspace.domains_at_sites``, in order, or why there is none.
+
+    Raises:
+        BudgetError: no domain's budget carries the plan.
+        SiteError: too few sites answered.
+    """
+    names = [domain.name for domain in workspace.domains_at_sites]
+    if not names or workspace.is_planned:
+        return workspace.plan
+    found = dict(zip(names, ask(), strict=True))
+    absent = {name: str(one) for name, one in found.items() if isinstance(one, SiteError)}
+    answers = [one for one in found.values() if isinstance(one, DomainPlan)]
+    return workspace.settle_plan(joined_plan(workspace, answers, absent))
+
+
+def plan_one(workspace: Workspace, domain: str, deliver: Deliver | None) -> DomainPlan | SiteError:
+    """The plan of a domain at its site, or why there is none."""
+    try:
+        return ask_plan(workspace, domain, _required(deliver))
+    except SiteError as error:
+        return error
+
+
+def train_one(
+    workspace: Workspace, assignment: ClientAssignment, listen: Listener, deliver: Deliver | None = None
+) -> ClientUpdate:
+    """One client's round, with progress: in this process, or at the domain's site."""
+    if workspace.config.domain(assignment.domain).site is not None:
+        return ask_training(workspace, assignment, _required(deliver))
 
     def on_step(done: int, total: int) -> None:
         listen(
@@ -276,14 +408,33 @@ def train_one(workspace: Workspace, assignment: ClientAssignment, listen: Listen
 
 
 def evaluate_one(
-    workspace: Workspace, adapter: ArtifactRef, domain: str, split: SetName, listen: Listener
-) -> DomainEvaluation:
-    """One domain's evaluation, with progress."""
+    workspace: Workspace,
+    adapter: ArtifactRef,
+    domain: str,
+    split: SetName,
+    listen: Listener,
+    deliver: Deliver | None = None,
+) -> DomainEvaluation | MissingEvaluation:
+    """One domain's evaluation, with progress: in this process, or at the domain's site, which may not answer."""
+    if workspace.config.domain(domain).site is not None:
+        try:
+            return ask_evaluation(workspace, adapter, domain, split, _required(deliver))
+        except SiteError as error:
+            return MissingEvaluation(domain=domain, split=split, reason=str(error))
 
     def on_batch(done: int, total: int) -> None:
         listen(ProgressEvent("evaluate", domain=domain, completed=done, total=total))
 
     return rounds.evaluate(workspace, adapter, domain, split, on_batch)
+
+
+def _required(deliver: Deliver | None) -> Deliver:
+    if deliver is None:
+        raise ConfigError(
+            "a domain of this study is at a site, and requests to sites go through Prefect. Run it with 'fedmentor "
+            "run' or its deployment."
+        )
+    return deliver
 
 
 def samples_by_round(workspace: Workspace) -> dict[int, tuple[Sample, ...]]:

@@ -4,6 +4,7 @@ A ``StudyRef`` crosses task borders; a ``Workspace`` is what a process makes of 
 """
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -18,7 +19,8 @@ from fedmentor_core.adapters.lora import (
     state_from_bytes,
     state_to_bytes,
 )
-from fedmentor_core.config import AdapterConfig
+from fedmentor_core.champion import Champion, ChampionAtStart, fixed_champion, states_to_start_from
+from fedmentor_core.config import AdapterConfig, DomainConfig
 from fedmentor_core.errors import BudgetError, ConfigError
 from fedmentor_core.hashing import derive_seed
 from fedmentor_core.privacy.ledger import Ledger, Terms
@@ -39,6 +41,9 @@ from fedmentor_core.storage.base import ArtifactStore, open_store
 from fedmentor_core.study_ref import StudyRef
 from fedmentor_core.training.client import TrainingSet
 
+SITES_FOLDER = "sites"
+"""First part of every key that a site writes."""
+
 _workspaces: dict[str, "Workspace"] = {}
 _workspaces_lock = threading.Lock()
 
@@ -54,7 +59,7 @@ def workspace_of(ref: StudyRef) -> "Workspace":
 
 @dataclass(frozen=True)
 class InitialAdapter:
-    """Round 0's adapter: A from the study's seed and B zero, shipped once so that all clients start alike."""
+    """Round 0's adapter: A from the seed and B zero, or the champion's; shipped once so that all start alike."""
 
     frozen: ArtifactRef
     trained: ArtifactRef
@@ -73,6 +78,7 @@ class Workspace:
         self._lock = threading.RLock()
         self.evaluation_lock = threading.Lock()
         self._training_sets: dict[str, TrainingSet] = {}
+        self._site_stores: dict[str, ArtifactStore] = {}
 
     # --- places -------------------------------------------------------------------------------------------------
 
@@ -89,6 +95,17 @@ class Workspace:
 
     def _open(self, url: str) -> ArtifactStore:
         return open_store(url, self.config.storage)
+
+    def store_holding(self, key: str) -> ArtifactStore:
+        """The store to read ``key`` from: a site's own, where the site has one and the key is in its folder."""
+        folder, _, rest = key.partition("/")
+        site = self.config.sites.get(rest.partition("/")[0]) if folder == SITES_FOLDER else None
+        if site is None or site.store_url is None:
+            return self.store
+        with self._lock:
+            if site.store_url not in self._site_stores:
+                self._site_stores[site.store_url] = self._open(site.store_url)
+            return self._site_stores[site.store_url]
 
     def ledger(self, domain: str) -> Ledger:
         """A domain's privacy account."""
@@ -127,6 +144,13 @@ class Workspace:
     @cached_property
     def _initial_adapter(self) -> InitialAdapter:
         trained, frozen, targets = self._initial_states
+        champion = self.champion if self.config.start_from == "champion" else None
+        if champion is not None:
+            self._check_backbone(champion)
+            state = states_to_start_from(
+                champion, self.config.adapter, {**frozen, **trained}, self.get_adapter(champion.adapter)
+            )
+            trained, frozen = ({name: state[name] for name in part} for part in (trained, frozen))
         trained_ref = self.put_adapter(trained)
         return InitialAdapter(
             frozen=self.put_adapter(frozen),
@@ -144,6 +168,45 @@ class Workspace:
         return trained, frozen, resolved_targets(model)
 
     @property
+    def frozen_adapter(self) -> ArtifactRef:
+        """The factors that nobody trains, the same for all clients."""
+        return self.initial_adapter.frozen
+
+    @property
+    def untrained_adapter(self) -> ArtifactRef:
+        """An adapter with B zero, which changes nothing: with it a model is its backbone."""
+        with self._lock:
+            return self.put_adapter(self._initial_states[0])
+
+    @property
+    def champion(self) -> Champion | None:
+        """The champion as it was when the study started; None where there was none.
+
+        Raises:
+            ConfigError: nobody has looked it up, because the study runs without MLflow.
+        """
+        with self._lock:
+            return self._champion_at_start.champion
+
+    @cached_property
+    def _champion_at_start(self) -> ChampionAtStart:
+        found = fixed_champion(self)
+        if found is None:
+            raise ConfigError(
+                "start_from or a threshold names the champion, which only MLflow's registry knows: run the study with "
+                "'fedmentor run', or compare with 'baseline' and start from 'backbone'."
+            )
+        return found
+
+    def _check_backbone(self, champion: Champion) -> None:
+        if champion.backbone_sha256 != self.backbone.sha256:
+            raise ConfigError(
+                f"start_from 'champion': {champion.name!r} version {champion.version} belongs to another backbone "
+                f"(sha256 {champion.backbone_sha256[:12]}, this study has {self.backbone.sha256[:12]}). Give the "
+                "champion's backbone, or set start_from to 'backbone'. Nothing was charged."
+            )
+
+    @property
     def resolved_adapter(self) -> AdapterConfig:
         """The adapter's configuration with its target modules by name."""
         with self._lock:
@@ -158,22 +221,34 @@ class Workspace:
 
     def get_adapter(self, ref: ArtifactRef) -> State:
         """Read and verify trained tensors."""
-        return state_from_bytes(self.store.get(ref))
+        return state_from_bytes(self.store_holding(ref.key).get(ref))
 
     def model_with(self, adapter: ArtifactRef) -> Any:
         """A fresh peft model with the frozen factors and this adapter loaded."""
         model = self.new_adapter_model()
-        load_state(model, self.get_adapter(self.initial_adapter.frozen))
+        load_state(model, self.get_adapter(self.frozen_adapter))
         load_state(model, self.get_adapter(adapter))
         return model
 
     def full_adapter_state(self, adapter: ArtifactRef) -> State:
         """Frozen and trained tensors together, as peft stores them."""
-        return {**self.get_adapter(self.initial_adapter.frozen), **self.get_adapter(adapter)}
+        return {**self.get_adapter(self.frozen_adapter), **self.get_adapter(adapter)}
+
+    def evaluation_model_with(self, adapter: ArtifactRef) -> Any:
+        """The model that evaluates, with this adapter; hold ``evaluation_lock`` while it is used.
+
+        The champion may have another rank or other modules than this study's adapter: it gets a model of its own.
+        """
+        champion = self.champion if self.config.needs_champion else None
+        if champion is not None and adapter == champion.adapter:
+            model = attach(self.backbone, champion.config, seed=0)
+            load_state(model, self.get_adapter(adapter))
+            return model
+        load_state(self._evaluation_model, self.full_adapter_state(adapter))
+        return self._evaluation_model
 
     @cached_property
-    def evaluation_model(self) -> Any:
-        """The model that evaluates candidates; take ``evaluation_lock`` while its adapter is swapped."""
+    def _evaluation_model(self) -> Any:
         return self.new_adapter_model()
 
     @property
@@ -191,8 +266,18 @@ class Workspace:
     # --- data ---------------------------------------------------------------------------------------------------
 
     @property
+    def domains_here(self) -> tuple[DomainConfig, ...]:
+        """The domains whose rows this process may read; the others are at their sites."""
+        return tuple(domain for domain in self.config.domains if domain.site is None)
+
+    @property
+    def domains_at_sites(self) -> tuple[DomainConfig, ...]:
+        """The domains that only their sites can plan, train and evaluate."""
+        return tuple(domain for domain in self.config.domains if domain.site is not None)
+
+    @property
     def data(self) -> Any:
-        """Every domain's rows in train, gate and test splits."""
+        """Rows of every domain that is here, in train, gate and test splits."""
         with self._lock:
             return self._data
 
@@ -200,7 +285,7 @@ class Workspace:
     def _data(self) -> Any:
         from fedmentor_core.data.loading import load_study_data
 
-        return load_study_data(self.config.domains, self.config.data)
+        return load_study_data(self.domains_here, self.config.data)
 
     def training_set(self, domain: str) -> TrainingSet:
         """A domain's tokenised training rows by unit."""
@@ -266,14 +351,37 @@ class Workspace:
     @cached_property
     def _plan(self) -> StudyPlan:
         key = self.key("plan.json")
-        if self.store.exists(key):
+        if self.is_planned:
             return StudyPlan.model_validate(self.store.get_json(key))
+        if self.domains_at_sites:
+            raise ConfigError(
+                f"the study is not planned yet: its sites must be asked first ({_names(self.domains_at_sites)}). Run "
+                "it with 'fedmentor run' or its deployment."
+            )
         plan = self.preflight()
         self.store.put_json(key, plan)
         return plan
 
+    @property
+    def is_planned(self) -> bool:
+        """Whether this run has its plan."""
+        return self.store.exists(self.key("plan.json"))
+
+    def settle_plan(self, plan: StudyPlan) -> StudyPlan:
+        """The plan this run started with; where there is none yet, it is ``plan`` from now on.
+
+        Raises:
+            BudgetError: no domain's budget carries it, or a private gate or test set's does not.
+        """
+        with self._lock:
+            if not self.is_planned:
+                self.store.put_json(self.key("plan.json"), carried(plan))
+            return self._plan
+
     def preflight(self) -> StudyPlan:
         """Load backbone, adapter and data and plan, so that bad input is refused before anything is written.
+
+        Of domains at sites nothing is known yet: their sites answer when the study starts.
 
         Raises:
             BackboneError, DataError, ConfigError: what cannot be loaded or does not fit.
@@ -285,15 +393,25 @@ class Workspace:
     @cached_property
     def _preflight(self) -> StudyPlan:
         plan = self.make_plan()
-        if all(domain.refusals for domain in plan.domains):
-            raise BudgetError("no domain can train:\n" + "\n".join(f"  {refusal}" for refusal in plan.refusals))
-        unjudged = [one.refusal for domain in plan.domains for one in domain.validation if one.refusal]
-        if unjudged:
-            raise BudgetError("the gate cannot be judged:\n" + "\n".join(f"  {refusal}" for refusal in unjudged))
-        return plan
+        return plan if self.domains_at_sites else carried(plan)
+
+    @property
+    def n_clients(self) -> int:
+        """Clients of the whole study."""
+        return len(self.config.domains)
+
+    @property
+    def bytes_up(self) -> int:
+        """Size of one client's update: the same for all of a run."""
+        return len(state_to_bytes(self._trained, update_metadata(self.ref.run_id, 0, "0" * 64)))
+
+    @property
+    def _trained(self) -> State:
+        with self._lock:
+            return self._initial_states[0]
 
     def make_plan(self) -> StudyPlan:
-        """Plan from public numbers and the ledgers. Writes nothing."""
+        """Plan the domains that are here, from public numbers and the ledgers. Writes nothing."""
         from fedmentor_core.privacy.validation_plan import check_disjoint_units, with_validation
 
         shared_ledger = shared_ledger_refusal(self.config)
@@ -301,12 +419,10 @@ class Workspace:
             raise ConfigError(shared_ledger + ".")
         if self.config.evaluation.gate_data == "private":
             check_disjoint_units(self.data)
-        trained, _, _ = self._initial_states
-        n_trainable = sum(tensor.numel() for tensor in trained.values())
-        bytes_down = len(state_to_bytes(trained))
-        bytes_up = len(state_to_bytes(trained, update_metadata(self.ref.run_id, 0, "0" * 64)))
+        n_trainable = sum(tensor.numel() for tensor in self._trained.values())
+        bytes_up, bytes_down = self.bytes_up, len(state_to_bytes(self._trained))
         domains = []
-        for domain in self.config.domains:
+        for domain in self.domains_here:
             data = self.data[domain.name]
             ledger = self.ledger(domain.name)
             policy = self.policy(domain.name)
@@ -323,7 +439,7 @@ class Workspace:
             )
             plan = with_validation(plan, self.config, self.data, self.ledger, self.ref.run_id)
             plan = plan_under_policy(plan, policy, self.config, self.backbone.sha256, self.resolved_adapter)
-            plan = with_client_level_warning(plan, n_trainable, len(self.config.domains))
+            plan = with_client_level_warning(plan, n_trainable, self.n_clients)
             other_terms = ledger.terms_refusal(Terms.of(plan))
             domains.append(plan if other_terms is None else refused(plan, other_terms))
         made = StudyPlan(
@@ -333,7 +449,14 @@ class Workspace:
             + tuple(one.refusal for domain in domains for one in domain.validation if one.refusal),
             warnings=missing_precautions(self.config),
         )
-        return with_shared_posts(made, self.config, self.data, self.ledger_store)
+        return self._with_shared_posts(made)
+
+    def _with_shared_posts(self, plan: StudyPlan) -> StudyPlan:
+        return with_shared_posts(plan, self.config, self.data, self.ledger_store)
+
+    def outward(self, refusal: str) -> str:
+        """How a refusal by the rule on shared posts is told: in full, since nothing leaves this machine."""
+        return refusal
 
     def backbone_summary(self) -> BackboneSummary:
         """The backbone's line in ``summary.json``."""
@@ -353,6 +476,24 @@ class Workspace:
             n_trainable=initial.n_trainable,
             n_bytes=initial.n_bytes,
         )
+
+
+def carried(plan: StudyPlan) -> StudyPlan:
+    """The plan itself, when at least one domain can train under it and every private set can be judged.
+
+    Raises:
+        BudgetError: otherwise.
+    """
+    if all(domain.refusals for domain in plan.domains):
+        raise BudgetError("no domain can train:\n" + "\n".join(f"  {refusal}" for refusal in plan.refusals))
+    unjudged = [one.refusal for domain in plan.domains for one in domain.validation if one.refusal]
+    if unjudged:
+        raise BudgetError("the gate cannot be judged:\n" + "\n".join(f"  {refusal}" for refusal in unjudged))
+    return plan
+
+
+def _names(domains: Sequence[DomainConfig]) -> str:
+    return ", ".join(domain.name for domain in domains)
 
 
 def update_metadata(run_id: str, round_index: int, base_sha256: str) -> dict[str, str]:

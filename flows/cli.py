@@ -13,9 +13,11 @@ import typer
 from fedmentor_core import __version__
 from fedmentor_core.discretion import WithheldError, failure_reason, places_of, texts_withheld
 from fedmentor_core.errors import ConfigError, FedMentorError
+from flows.site_cli import site_app
 
 if TYPE_CHECKING:
     from fedmentor_core.config import StorageConfig, StudyConfig
+    from fedmentor_core.nights import NightReport
     from fedmentor_core.records import StudySummary
 
 app = typer.Typer(
@@ -28,6 +30,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at a study's data, or fetch a public corpus.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(site_app, name="site")
 
 CONFIGS = Path(__file__).resolve().parent.parent / "infra" / "configs"
 DEFAULT_CONFIG = CONFIGS / "quickstart.yaml"
@@ -102,6 +105,36 @@ def run(
 
         print_summary(summary, folder)
     if summary.status != "promoted":
+        raise typer.Exit(3)
+
+
+@app.command()
+def nightly(
+    config: ConfigOption = CONFIGS / "nightly.yaml",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of all nights; each gets one in it.")] = Path(
+        "runs/nightly"
+    ),
+    overrides: SetOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Progress as plain lines even on a terminal.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Retrain from the champion on what is new, within tonight's share of the budgets; or say why there is no need.
+
+    A night that was cut short is taken up again. The new adapter becomes champion only if it passes its gate, which
+    must look at the present champion too. Leaves night.json in the night's own folder.
+
+    Example: **fedmentor nightly --config infra/configs/nightly.yaml --out runs/nightly**
+
+    Exit codes: 0 promoted, or nothing new; 2 bad input; 3 the gate or the budget said no; 1 anything else.
+    """
+    study = _load(config, overrides)
+    from flows.environment import prepare_environment
+
+    prepare_environment(out)
+    report = _run_night(study, out, "quiet" if quiet or as_json else "plain" if plain else "auto")
+    print(report.model_dump_json(indent=2) if as_json else report)
+    if report.outcome not in ("promoted", "nothing_new"):
         raise typer.Exit(3)
 
 
@@ -364,6 +397,33 @@ def doctor(
         raise typer.Exit(3)
 
 
+@app.command()
+def metrics(
+    store: Annotated[list[str], typer.Option(help="Store to read (file:///path or s3://bucket/prefix). Repeatable.")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve /metrics on.")] = 9464,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    endpoint_url: EndpointOption = None,
+    encryption_key_file: Annotated[Path | None, typer.Option(help="Key file of an encrypted store.")] = None,
+) -> None:
+    """Serve Prometheus metrics from ledgers and round manifests: budget left, noise, gate, clients, time, bytes.
+
+    Needs to read ledgers and manifests only (infra/policies/store_monitor.json); shows public numbers only.
+
+    Example: **fedmentor metrics --store s3://fedmentor-site-a/ledger --port 9464**
+    """
+    from fedmentor_core.storage.base import open_store
+    from flows.metrics_exporter import serve_metrics
+
+    settings = _storage_settings(
+        endpoint_url=endpoint_url,
+        encryption_key_file=None if encryption_key_file is None else str(encryption_key_file),
+        deadline_seconds=15,  # a scrape gives up before Prometheus does
+    )
+    thread = serve_metrics([open_store(url, settings) for url in store], port, host)
+    print(f"http://{host}:{port}/metrics", file=sys.stderr)
+    thread.join()
+
+
 @data_app.command("describe")
 def data_describe(
     config: ConfigOption = DEFAULT_CONFIG,
@@ -534,6 +594,21 @@ def _run(study: "StudyConfig", folder: Path, mode: Any) -> "StudySummary":
 
             with listening(listener), _responsive_ctrl_c():
                 return federated_training(study, str(folder))
+
+
+def _run_night(study: "StudyConfig", out: Path, mode: Any) -> "NightReport":
+    from fedmentor_core.progress import ProgressEvent
+    from flows.progress_view import make_listener
+
+    out.mkdir(parents=True, exist_ok=True)
+    with make_listener(mode) as listener:
+        listener(ProgressEvent("prepare", "looking at tonight's data and budgets", n_rounds=study.rounds))
+        with _library_output(out):
+            from flows.nightly import nightly_command
+            from tasks.listening import listening
+
+            with listening(listener), _responsive_ctrl_c():
+                return nightly_command(study, out)
 
 
 @contextmanager

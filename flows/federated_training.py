@@ -3,6 +3,7 @@
 The story itself is ``fedmentor_core.study.run_study``; here its steps become Prefect tasks.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,31 +12,35 @@ from typing import Any
 from prefect import flow, unmapped
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from fedmentor_core.champion import Champion
 from fedmentor_core.config import StudyConfig
-from fedmentor_core.discretion import discreet, failure_reason
-from fedmentor_core.errors import LedgerError
+from fedmentor_core.discretion import discreet
+from fedmentor_core.errors import LedgerError, SiteError
 from fedmentor_core.records import (
     ArtifactRef,
     ClientAssignment,
     ClientUpdate,
-    DomainEvaluation,
+    DomainPlan,
     EvaluationMetrics,
     GateVerdict,
     ModelSummary,
     RoundManifest,
+    StudyPlan,
     StudySummary,
 )
-from fedmentor_core.study import SetName, report_failure, run_study
+from fedmentor_core.study import Evaluations, SetName, report_failure, run_study, settle_plan
 from fedmentor_core.study_ref import StudyRef, open_study
 from fedmentor_core.workspace import Workspace, workspace_of
 from flows.outputs import write_outputs
 from tasks import reporting
 from tasks.aggregation import aggregate
 from tasks.auditing import audit_is_due, audit_study, objections
+from tasks.champion import fix_the_champion
 from tasks.client_training import train_client
 from tasks.evaluation import evaluate_domain, gate
 from tasks.listening import InterruptedByUserError, tell
 from tasks.registration import register_adapter
+from tasks.sites import plan_at_site
 from tasks.tracking import Tracker, open_tracking, reference_metrics
 
 
@@ -52,7 +57,8 @@ class PrefectEngine:
 
     def in_round(self, round_index: int, body: Callable[[], RoundManifest]) -> RoundManifest:
         """A round is a sub-flow, so that it shows as one in the UI."""
-        runner: Any = ThreadPoolTaskRunner(max_workers=self.ref.config.execution.max_parallel_clients)
+        waiting = len(self.workspace.domains_at_sites)  # threads that wait for a site train nothing here
+        runner: Any = ThreadPoolTaskRunner(max_workers=self.ref.config.execution.max_parallel_clients + waiting)
 
         @flow(
             name="round",
@@ -66,6 +72,20 @@ class PrefectEngine:
 
         return federated_round(round_index)
 
+    def plan(self) -> StudyPlan:
+        """``plan_at_site.map`` over the domains at sites; what is here is planned here."""
+        return settle_plan(self.workspace, self._ask_plans)
+
+    def _ask_plans(self) -> list[DomainPlan | SiteError]:
+        names = [domain.name for domain in self.workspace.domains_at_sites]
+        found: list[DomainPlan | SiteError] = []
+        for future in plan_at_site.map(unmapped(self.ref), names):
+            result = future.result(raise_on_failure=False)
+            if isinstance(result, BaseException) and not isinstance(result, SiteError):
+                raise result
+            found.append(result)
+        return found
+
     def train(self, assignments: Sequence[ClientAssignment]) -> list[ClientUpdate]:
         """``train_client.map`` over the clients; one that fails for good is a fact about the round."""
         retrying = train_client.with_options(retries=self.ref.config.execution.client_retries)
@@ -76,7 +96,7 @@ class PrefectEngine:
             if isinstance(result, LedgerError | InterruptedByUserError):
                 raise result
             if isinstance(result, BaseException):
-                result = report_failure(self.workspace, assignment, failure_reason(result))
+                result = report_failure(self.workspace, assignment, result)
             updates.append(result)
         return updates
 
@@ -84,7 +104,7 @@ class PrefectEngine:
         """The server's aggregation task."""
         return aggregate(self.ref, base, list(updates))
 
-    def evaluate(self, adapter: ArtifactRef, split: SetName) -> list[DomainEvaluation]:
+    def evaluate(self, adapter: ArtifactRef, split: SetName) -> Evaluations:
         """``evaluate_domain.map`` over the domains."""
         names = [domain.name for domain in self.ref.config.domains]
         futures = evaluate_domain.map(unmapped(self.ref), unmapped(adapter), names, unmapped(split))
@@ -100,6 +120,10 @@ class PrefectEngine:
         if run_id is None:
             return None
         return reference_metrics(tracking_uri_of(self.ref), run_id, [domain.name for domain in self.ref.config.domains])
+
+    def champion(self) -> Champion | None:
+        """The registry's champion, fixed when the study first started."""
+        return fix_the_champion(self.ref, tracking_uri_of(self.ref)) if self.ref.config.needs_champion else None
 
     def track_round(self, manifest: RoundManifest) -> None:
         """MLflow runs and Prefect artifacts of a committed round."""
@@ -137,19 +161,20 @@ def federated_training(config: StudyConfig, out_dir: str) -> StudySummary:
     """Run a federated study, or resume the one that ``out_dir`` holds.
 
     Args:
-        config: the whole study.
-        out_dir: folder for summary, report, store and (by default) the MLflow database.
+        config: The whole study.
+        out_dir: Folder for summary, report, store and (by default) the MLflow database, on the worker's machine. The
+            same folder and study again resume it.
     """
     ref = open_study(config, out_dir)
     workspace = workspace_of(ref)
     tracker = _start_tracking(ref, workspace) if config.tracking.enabled else None
     status: Any = "FAILED"
     try:
-        plan = workspace.plan
+        engine = PrefectEngine(ref, workspace, tracker, reporting.start_progress(ref.run_id))
+        plan = engine.plan()
         reporting.plan_artifact(ref.run_id, plan, private=config.is_private)
         if tracker is not None:
             tracker.log_datasets(plan.domains)
-        engine = PrefectEngine(ref, workspace, tracker, reporting.start_progress(ref.run_id))
         summary = run_study(ref, engine, tell)
         summary = summary.model_copy(update={"warnings": (*summary.warnings, *engine.warnings)})
         if tracker is not None:
@@ -175,8 +200,9 @@ def federated_training(config: StudyConfig, out_dir: str) -> StudySummary:
 
 
 def tracking_uri_of(ref: StudyRef) -> str:
-    """Where MLflow keeps this study's runs."""
-    return ref.config.tracking.uri or f"sqlite:///{Path(ref.out_dir).resolve() / 'mlflow.db'}"
+    """Where MLflow keeps this study's runs: as configured, else the server of MLFLOW_TRACKING_URI, else beside them."""
+    given = ref.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return given or f"sqlite:///{Path(ref.out_dir).resolve() / 'mlflow.db'}"
 
 
 def _start_tracking(ref: StudyRef, workspace: Workspace) -> Tracker:

@@ -7,6 +7,7 @@ from prefect import flow
 from fedmentor_core.audit.verdict import read_audit
 from fedmentor_core.records import ModelSummary
 from tasks import registry
+from tasks.registry_client import DEFAULT_NAME, registry_uri
 
 
 def promote_command(
@@ -44,12 +45,22 @@ def promote_command(
 
 @flow(name="promote")
 def promote(
-    tracking_uri: str,
-    name: str,
     version: str,
-    reason: str = "by hand",
+    reason: str,
+    name: str = DEFAULT_NAME,
+    tracking_uri: str | None = None,
     audit: str | None = None,
     allow_not_private: bool = False,
 ) -> ModelSummary:
-    """Make a version that passed its gate, and its audit where one is given or asked for, the champion."""
-    return promote_command(tracking_uri, name, version, reason=reason, audit=audit, allow_not_private=allow_not_private)
+    """Make a version the champion, if its gate, audit, files and ledger allow it.
+
+    Args:
+        version: Number of the version, as MLflow's registry shows it.
+        reason: Why, in a few words; recorded with the version.
+        name: Registered model.
+        tracking_uri: MLflow's address; without it, the worker's own MLFLOW_TRACKING_URI.
+        audit: audit.json or its folder, on the worker's machine. It must have passed on the version's own mechanism.
+        allow_not_private: Accept a version without a privacy guarantee. For research only.
+    """
+    uri = registry_uri(tracking_uri)
+    return promote_command(uri, name, version, reason=reason, audit=audit, allow_not_private=allow_not_private)

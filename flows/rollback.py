@@ -4,6 +4,7 @@ from prefect import flow
 
 from fedmentor_core.records import ModelSummary
 from tasks import registry
+from tasks.registry_client import DEFAULT_NAME, registry_uri
 
 
 def rollback_command(tracking_uri: str, name: str, *, reason: str = "by hand") -> ModelSummary:
@@ -21,6 +22,12 @@ def rollback_command(tracking_uri: str, name: str, *, reason: str = "by hand") -
 
 
 @flow(name="rollback")
-def rollback(tracking_uri: str, name: str, reason: str = "by hand") -> ModelSummary:
-    """Give the alias champion back to the version that the present champion replaced."""
-    return rollback_command(tracking_uri, name, reason=reason)
+def rollback(reason: str, name: str = DEFAULT_NAME, tracking_uri: str | None = None) -> ModelSummary:
+    """Give the alias champion back to the version that the present champion replaced.
+
+    Args:
+        reason: Why, in a few words; recorded with the version that is left.
+        name: Registered model.
+        tracking_uri: MLflow's address; without it, the worker's own MLFLOW_TRACKING_URI.
+    """
+    return rollback_command(registry_uri(tracking_uri), name, reason=reason)

@@ -15,6 +15,7 @@ from fedmentor_core.study_ref import StudyRef
 from fedmentor_core.workspace import workspace_of
 from tasks.listening import tell
 from tasks.policies import worth_retrying
+from tasks.sites import deliver
 
 
 @task(
@@ -28,5 +29,5 @@ from tasks.policies import worth_retrying
 )
 @discreet
 def train_client(ref: StudyRef, assignment: ClientAssignment) -> ClientUpdate:
-    """One client's part of a round: charge, train, store, release."""
-    return train_one(workspace_of(ref), assignment, tell)
+    """One client's part of a round: charge, train, store, release; in this process, or at the domain's site."""
+    return train_one(workspace_of(ref), assignment, tell, deliver)

@@ -7,11 +7,12 @@ from prefect.cache_policies import NO_CACHE
 
 from fedmentor_core.discretion import discreet
 from fedmentor_core.evaluation.gate import judge
-from fedmentor_core.records import ArtifactRef, DomainEvaluation, EvaluationMetrics, GateVerdict
+from fedmentor_core.records import ArtifactRef, DomainEvaluation, EvaluationMetrics, GateVerdict, MissingEvaluation
 from fedmentor_core.study import evaluate_one
 from fedmentor_core.study_ref import StudyRef
 from fedmentor_core.workspace import workspace_of
 from tasks.listening import tell
+from tasks.sites import deliver
 
 
 @task(
@@ -24,9 +25,9 @@ from tasks.listening import tell
 @discreet
 def evaluate_domain(
     ref: StudyRef, adapter: ArtifactRef, domain: str, split: Literal["gate", "test"]
-) -> DomainEvaluation:
-    """Generate and score on one domain."""
-    return evaluate_one(workspace_of(ref), adapter, domain, split, tell)
+) -> DomainEvaluation | MissingEvaluation:
+    """Generate and score on one domain, here or at its site."""
+    return evaluate_one(workspace_of(ref), adapter, domain, split, tell, deliver)
 
 
 @task(name="gate", cache_policy=NO_CACHE, persist_result=False)

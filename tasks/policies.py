@@ -3,6 +3,7 @@
 from typing import Any
 
 from fedmentor_core.errors import (
+    AnswerRejectedError,
     BackboneError,
     BudgetError,
     ConfigError,
@@ -10,10 +11,12 @@ from fedmentor_core.errors import (
     GateError,
     IntegrityError,
     LedgerError,
+    SiteUnavailableError,
 )
 from tasks.listening import InterruptedByUserError
 
 NEVER_RETRIED = (
+    AnswerRejectedError,
     BackboneError,
     BudgetError,
     ConfigError,
@@ -22,6 +25,7 @@ NEVER_RETRIED = (
     IntegrityError,
     InterruptedByUserError,
     LedgerError,
+    SiteUnavailableError,
 )
 
 

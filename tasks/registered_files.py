@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmentor_core import __version__
-from fedmentor_core.errors import ConfigError
+from fedmentor_core.errors import ConfigError, IntegrityError
+from fedmentor_core.hashing import canonical_sha256
 from tasks.registration_records import ADAPTER_TAG, Registration, identity_tags
 from tasks.registry_client import aliases_of, get_version, open_registry, registry_errors
 from tasks.tracking import RUN_ID_TAG, quoted
@@ -106,6 +107,32 @@ def load_registered(
             )
             model = pyfunc.load_model(local, suppress_warnings=True, model_config=overrides or None)
     return LoadedModel(name=name, version=version, pyfunc=model)
+
+
+def fetch_adapter(client: "MlflowClient", tracking_uri: str, name: str, version: str, folder: Path) -> Path:
+    """Download a version's adapter into ``folder``.
+
+    Returns:
+        The adapter's folder, whose files have the digest that the version was registered with.
+
+    Raises:
+        IntegrityError: they do not.
+    """
+    from mlflow import artifacts
+
+    local = artifacts.download_artifacts(
+        artifact_uri=f"{client.get_model_version_download_uri(name, version)}/artifacts/adapter",
+        dst_path=str(folder),
+        tracking_uri=tracking_uri,
+    )
+    registered = client.get_model_version(name, version).tags.get(ADAPTER_TAG, "")
+    found = canonical_sha256(adapter_digests(Path(local)))
+    if found != registered:
+        raise IntegrityError(
+            f"the files of {name!r} version {version} were changed since it was registered (sha256 {found[:12]}, "
+            f"registered {registered[:12] or 'none'}). Restore them, or register the adapter anew by running its study."
+        )
+    return Path(local)
 
 
 def model_signature(max_new_tokens: int) -> "ModelSignature":

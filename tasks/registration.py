@@ -9,11 +9,13 @@ from fedmentor_core.adapters.lora import save_adapter_folder
 from fedmentor_core.audit.mechanism import Mechanism
 from fedmentor_core.audit.verdict import FinishedAudit
 from fedmentor_core.discretion import discreet
-from fedmentor_core.records import ArtifactRef, ModelSummary, StudySummary
+from fedmentor_core.lineage import Lineage, lineage_of
+from fedmentor_core.records import ArtifactRef, GateSummary, ModelSummary, Record, StudySummary
 from fedmentor_core.study_ref import StudyRef
 from fedmentor_core.workspace import workspace_of
 from tasks.registration_records import BackboneReference, DomainPromise, Registration
 from tasks.registry import register_and_decide
+from tasks.tracking import git_sha
 
 
 @task(name="register", cache_policy=NO_CACHE, persist_result=False)
@@ -34,7 +36,7 @@ def register_adapter(
     save_adapter_folder(
         target, workspace.full_adapter_state(adapter), config.adapter, workspace.initial_adapter.targets
     )
-    selected = next(one for one in summary.rounds if one.round_index == summary.selected_round)
+    lineage = lineage_of(workspace, summary, adapter, git_sha() or "unknown")
     registration = Registration(
         name=config.tracking.registered_model,
         study_run_id=ref.run_id,
@@ -51,9 +53,30 @@ def register_adapter(
             max_new_tokens=config.evaluation.max_new_tokens,
         ),
         mechanism=Mechanism.of(config, workspace.backbone.sha256),
+        lineage=lineage,
         audit_required=config.audit.before_promotion,
     )
-    return register_and_decide(tracking_uri, registration, target, selected.gate, audit=audit)
+    model = register_and_decide(tracking_uri, registration, target, _verdict(summary, lineage), audit=audit)
+    registered = RegisteredAs(name=model.name, version=model.version)
+    workspace.store.put_json(workspace.key(f"models/{model.name}-{model.version}.json"), registered)
+    return model
+
+
+class RegisteredAs(Record):
+    """``models/`` in a run's store: which version the study became. Aliases move, so they are not part of it."""
+
+    name: str
+    version: str
+
+
+def _verdict(summary: StudySummary, lineage: Lineage) -> GateSummary:
+    """The gate's verdict on the registered adapter, and none other's."""
+    selected = next(one for one in summary.rounds if one.round_index == summary.selected_round)
+    if not lineage.gate_manifest:
+        return GateSummary(passed=False, reasons=("no round's verdict speaks for this adapter",))
+    if selected.gate.passed and summary.status != "promoted":  # an adapter that no client of this study trained
+        return GateSummary(passed=False, reasons=("no client trained in the round that passed",))
+    return selected.gate
 
 
 def _portable_name(name: str) -> str:

@@ -1,9 +1,10 @@
-"""What is registered with an adapter: its backbone, every domain's promise, its mechanism; and their tags.
+"""What is registered with an adapter: backbone, every domain's promise, mechanism and lineage; and their tags.
 
 MLflow's limits shape the tags: a version's tag holds 100,000 characters, its description 5,000. So each domain's
 promise is one JSON tag of its own, and a description that would not fit says how many domains it leaves out.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,12 +12,22 @@ from pydantic import Field
 
 from fedmentor_core.audit.mechanism import Mechanism
 from fedmentor_core.audit.verdict import FinishedAudit
+from fedmentor_core.hashing import canonical_sha256
+from fedmentor_core.lineage import Lineage
 from fedmentor_core.records import DomainPlan, Record, StudySummary
 from tasks.tracking import RUN_ID_TAG
 
 PRIVATE_TAG = "fedmentor.private"
 ADAPTER_TAG = "fedmentor.adapter_sha256"
+BACKBONE_TAG = "fedmentor.backbone_sha256"
 CONFIG_TAG = "fedmentor.config_sha256"
+GATE_TAG = "gate"
+REASONS_TAG = "gate_reasons"
+GATE_ADAPTER_TAG = "fedmentor.gate_adapter_sha256"
+"""Digest of the registered files that the gate's verdict speaks of."""
+DATASET_TAG = "fedmentor.dataset_fingerprint"
+LEDGER_TAG = "fedmentor.ledger"
+HEAD_TAG = "fedmentor.ledger_head"
 PROMISE_TAG = "fedmentor.promise"
 MECHANISM_TAG = "fedmentor.mechanism"
 MECHANISM_SHA256_TAG = "fedmentor.mechanism_sha256"
@@ -91,6 +102,7 @@ class Registration(Record):
     promises: tuple[DomainPromise, ...]
     backbone: BackboneReference
     mechanism: Mechanism
+    lineage: Lineage
     audit_required: bool = Field(default=False, description="The study's audit.before_promotion.")
 
 
@@ -102,7 +114,7 @@ def identity_tags(registration: Registration, adapter_sha256: str) -> dict[str, 
         CONFIG_TAG: registration.config_sha256,
         PRIVATE_TAG: "true" if registration.private else "false",
         "fedmentor.backbone": registration.backbone.name,
-        "fedmentor.backbone_sha256": registration.backbone.sha256,
+        BACKBONE_TAG: registration.backbone.sha256,
     }
 
 
@@ -120,9 +132,27 @@ def promise_tags(registration: Registration) -> dict[str, str]:
         tags[AUDIT_TAG] = "required"
     for one in registration.promises:
         tags[f"{PROMISE_TAG}.{one.domain}"] = one.model_dump_json()
+        tags[f"{DATASET_TAG}.{one.domain}"] = one.dataset_fingerprint
         values = one.model_dump(include=set(_SEARCHABLE), exclude_none=True)
         tags |= {f"fedmentor.{name}.{one.domain}": repr(value) for name, value in values.items()}
     return tags
+
+
+def lineage_tags(lineage: Lineage) -> dict[str, str]:
+    """Tags that lead back to the study: code, rounds, accounts, scorers. The list of rounds is left out if too long."""
+    tags = {
+        "fedmentor.git_revision": lineage.git_revision,
+        "fedmentor.trained_adapter_sha256": lineage.adapter.sha256,
+        "fedmentor.manifests_sha256": canonical_sha256(lineage.manifests),
+        "fedmentor.gate_manifest_sha256": lineage.gate_manifest or "none",
+        "fedmentor.scorers": lineage.scorers.model_dump_json(),
+        "fedmentor.started_from": lineage.started_from or "backbone",
+        LEDGER_TAG: lineage.ledger.model_dump_json(exclude_defaults=True),
+    }
+    manifests = json.dumps(lineage.manifests)
+    if len(manifests) <= MOST_TAG_CHARACTERS:
+        tags["fedmentor.manifests"] = manifests
+    return tags | {f"{HEAD_TAG}.{head.account}": head.model_dump_json() for head in lineage.heads}
 
 
 def audit_tags(audit: FinishedAudit) -> dict[str, str]:
@@ -130,6 +160,7 @@ def audit_tags(audit: FinishedAudit) -> dict[str, str]:
     report = audit.report
     return {
         f"{AUDIT_TAG}_sha256": audit.sha256,
+        f"{AUDIT_TAG}_mechanism_sha256": report.mechanism_sha256,
         f"{AUDIT_TAG}_data": report.data,
         f"{AUDIT_TAG}_epsilon_lower_bound": repr(report.epsilon_lower_bound),
         f"{AUDIT_TAG}_epsilon_claimed": repr(report.epsilon_claimed),
@@ -149,11 +180,18 @@ def description_of(registration: Registration) -> str:
         if registration.private
         else "**NOT PRIVATE**: nothing was promised that the noise of this study keeps.",
         "",
-        "| domain | epsilon spent | of | delta | protects | sensitivity | clip norm | noise multiplier | dataset |",
+        "| domain | epsilon spent | epsilon budget | delta | protects | sensitivity | clip norm | noise | dataset |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     rows = [_row(one) for one in registration.promises]
-    tail = ["", f"Mechanism `{registration.mechanism.sha256[:16]}`; every value in full is in the tags."]
+    lineage = registration.lineage
+    n_rounds = len(lineage.manifests)
+    tail = [
+        "",
+        f"Trained from {lineage.started_from or 'the untrained backbone'} by code revision "
+        f"`{lineage.git_revision[:12]}` in {n_rounds} round{'s' * (n_rounds != 1)}; mechanism "
+        f"`{registration.mechanism.sha256[:16]}`. Every value in full is in the tags.",
+    ]
     room = MOST_DESCRIPTION_CHARACTERS - len("\n".join([*head, *tail])) - len("\nand 000000 more domains: see the tags")
     kept = _rows_that_fit(rows, room)
     more = [f"and {len(rows) - kept} more domains: see the tags"] if kept < len(rows) else []
@@ -162,7 +200,8 @@ def description_of(registration: Registration) -> str:
 
 def _row(one: DomainPromise) -> str:
     protects = f"one {one.privacy_unit}" if one.privacy_level == "unit" else "a client's whole dataset"
-    noise = f"{_short(one.noise_multiplier_first)} to {_short(one.noise_multiplier_last)}"
+    first, last = _short(one.noise_multiplier_first), _short(one.noise_multiplier_last)
+    noise = first if first == last else f"{first} to {last}"
     cells = (
         one.domain, _short(one.epsilon_spent), _short(one.epsilon_budget), _short(one.delta), protects,
         one.sensitivity or "given outright", _short(one.clip_norm), noise, f"`{one.dataset_fingerprint[:12]}`",

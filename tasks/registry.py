@@ -1,15 +1,15 @@
 """The MLflow model registry: a candidate becomes challenger, is judged, and becomes champion or does not.
 
-Order, each step recorded before the next: version with gate=pending -> alias ``challenger`` -> gate=passed
-or failed with reasons -> the audit's verdict, where one is asked for -> tag ``previous_champion`` -> alias
-``champion`` -> read back -> tag ``promoted_at``. The registry has no compare-and-swap on aliases, so the way back is
-written before the alias moves.
+Order, each step recorded before the next: files -> version with lineage and gate=pending -> alias ``challenger`` ->
+gate=passed or failed with reasons -> the audit's verdict, where one is asked for -> all evidence checked
+(``evidence.py``) -> tag ``previous_champion`` -> alias ``champion`` -> read back -> tag ``promoted_at``. The registry
+has no compare-and-swap on aliases, so the way back is written before the alias moves. A consumer of the alias never
+meets a half-written model, because an alias only ever moves between versions whose files are complete.
 
 Unlike tracking, a failure here is an error: a study must not believe it promoted what it did not. Every
 function can be called again after a crash and finishes what was begun.
 """
 
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,18 +19,22 @@ from fedmentor_core.audit.verdict import FinishedAudit
 from fedmentor_core.errors import ConfigError, GateError
 from fedmentor_core.hashing import canonical_sha256
 from fedmentor_core.records import GateSummary, ModelSummary
+from tasks.evidence import obstacle
 from tasks.registered_files import adapter_digests, logged_model
 from tasks.registration_records import (
     ADAPTER_TAG,
     AUDIT_TAG,
+    GATE_ADAPTER_TAG,
+    GATE_TAG,
     MECHANISM_SHA256_TAG,
     MECHANISM_TAG,
-    PRIVATE_TAG,
     PROMISE_TAG,
+    REASONS_TAG,
     Registration,
     audit_tags,
     description_of,
     identity_tags,
+    lineage_tags,
     promise_tags,
 )
 from tasks.registry_client import (
@@ -51,8 +55,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHALLENGER = "challenger"
-GATE_TAG = "gate"
-REASONS_TAG = "gate_reasons"
 PREVIOUS_TAG = "previous_champion"
 PROMOTED_TAG = "fedmentor.promoted_at"
 HELD_TAG = "fedmentor.held"
@@ -68,10 +70,16 @@ def register_and_decide(
     audit: FinishedAudit | None = None,
     allow_not_private: bool = False,
 ) -> ModelSummary:
-    """``register_challenger``, then ``decide``."""
+    """``register_challenger``, then ``decide``; ``gate`` must be the verdict on this very adapter."""
     challenger = register_challenger(tracking_uri, registration, adapter_folder)
     return decide(
-        tracking_uri, challenger.name, challenger.version, gate, audit=audit, allow_not_private=allow_not_private
+        tracking_uri,
+        challenger.name,
+        challenger.version,
+        gate,
+        judged_sha256=canonical_sha256(adapter_digests(Path(adapter_folder))),
+        audit=audit,
+        allow_not_private=allow_not_private,
     )
 
 
@@ -99,7 +107,10 @@ def register_challenger(tracking_uri: str, registration: Registration, adapter_f
                 run_id=registration.mlflow_run_id,
                 model_id=logged.model_id,
                 description=description_of(registration),
-                tags=identity_tags(registration, adapter_sha256) | promise_tags(registration) | {GATE_TAG: "pending"},
+                tags=identity_tags(registration, adapter_sha256)
+                | promise_tags(registration)
+                | lineage_tags(registration.lineage)
+                | {GATE_TAG: "pending"},
             )
         if version.tags.get(GATE_TAG) == "pending":
             client.set_registered_model_alias(registration.name, CHALLENGER, version.version)
@@ -112,6 +123,7 @@ def decide(
     version: str,
     gate: GateSummary,
     *,
+    judged_sha256: str,
     audit: FinishedAudit | None = None,
     allow_not_private: bool = False,
 ) -> ModelSummary:
@@ -126,6 +138,7 @@ def decide(
         name: registered model.
         version: its version.
         gate: the final verdict.
+        judged_sha256: digest of the adapter's registered files that it judged.
         audit: of the same mechanism, where there is one.
         allow_not_private: let a model without a privacy guarantee become champion (research only).
 
@@ -137,17 +150,19 @@ def decide(
     with registry_errors(f"record the verdict on {name!r} version {version}"):
         tags = {
             REASONS_TAG: "; ".join(gate.reasons) or "every threshold passed",
+            GATE_ADAPTER_TAG: judged_sha256,
             GATE_TAG: "passed" if gate.passed else "failed",
         }
         set_tags(client, name, version, tags)
         found = client.get_model_version(name, version)
         if not gate.passed or PROMOTED_TAG in found.tags:
             return summary_of(client, name, version)
-        held = _obstacle(_with_audit(client, name, found, audit), allow_not_private)
+        tags = _with_audit(client, name, found, audit)
+        held = obstacle(client, tracking_uri, name, version, tags, allow_not_private)
         if held:
             set_tags(client, name, version, {HELD_TAG: held})
             return summary_of(client, name, version)
-    return promote(tracking_uri, name, version, reason="passed its gate", allow_not_private=allow_not_private)
+        return _make_champion(client, name, version, tags, "passed its gate")
 
 
 def promote(
@@ -172,28 +187,36 @@ def promote(
     Raises:
         ConfigError: no such model or version.
         GateError: the version did not pass its gate, or is not private, or its audit failed, is missing where its
-            study asks for one, or is of another mechanism.
+            study asks for one, or is of another mechanism; or its gate, files or ledger are not what was registered
+            (``evidence.py``).
         RegistryError: MLflow refused, or reading back shows another champion.
     """
     client = open_registry(tracking_uri, name, must_exist=True)
     with registry_errors(f"promote {name!r} version {version}"):
         found = get_version(client, name, version)
         tags = _with_audit(client, name, found, audit)
-        obstacle = _obstacle(tags, allow_not_private)
-        if obstacle:
-            raise GateError(f"{name!r} version {version} cannot be promoted: {obstacle}. The champion is unchanged.")
-        current = aliases_of(client, name).get(CHAMPION)
-        if current != version:
-            set_tags(client, name, version, {PREVIOUS_TAG: current or NO_CHAMPION})
-            client.set_registered_model_alias(name, CHAMPION, version)
-            verify_champion(client, name, version)
-        elif PREVIOUS_TAG not in tags:
-            set_tags(client, name, version, {PREVIOUS_TAG: NO_CHAMPION})
-        if HELD_TAG in tags:
-            client.delete_model_version_tag(name, version, HELD_TAG)
-        if current != version or PROMOTED_TAG not in tags:
-            set_tags(client, name, version, {"fedmentor.promoted_reason": reason, PROMOTED_TAG: _now()})
-        return summary_of(client, name, version)
+        found_obstacle = obstacle(client, tracking_uri, name, version, tags, allow_not_private)
+        if found_obstacle:
+            raise GateError(
+                f"{name!r} version {version} cannot be promoted: {found_obstacle}. The champion is unchanged."
+            )
+        return _make_champion(client, name, version, tags, reason)
+
+
+def _make_champion(client: "MlflowClient", name: str, version: str, tags: dict[str, str], reason: str) -> ModelSummary:
+    """Move the alias, with the way back written first; finishes what an earlier call began."""
+    current = aliases_of(client, name).get(CHAMPION)
+    if current != version:
+        set_tags(client, name, version, {PREVIOUS_TAG: current or NO_CHAMPION})
+        client.set_registered_model_alias(name, CHAMPION, version)
+        verify_champion(client, name, version)
+    elif PREVIOUS_TAG not in tags:
+        set_tags(client, name, version, {PREVIOUS_TAG: NO_CHAMPION})
+    if HELD_TAG in tags:
+        client.delete_model_version_tag(name, version, HELD_TAG)
+    if current != version or PROMOTED_TAG not in tags:
+        set_tags(client, name, version, {"fedmentor.promoted_reason": reason, PROMOTED_TAG: _now()})
+    return summary_of(client, name, version)
 
 
 def rollback(tracking_uri: str, name: str, *, reason: str) -> ModelSummary:
@@ -236,20 +259,6 @@ def champion(tracking_uri: str, name: str) -> ModelSummary | None:
     with registry_errors(f"read {name!r}"):
         current = aliases_of(client, name).get(CHAMPION)
         return None if current is None else summary_of(client, name, current)
-
-
-def _obstacle(tags: Mapping[str, str], allow_not_private: bool) -> str:
-    """Why a version with these tags may not be champion; empty when it may."""
-    gate, audit = tags.get(GATE_TAG, "missing"), tags.get(AUDIT_TAG)
-    if gate != "passed":
-        return f"its gate is {gate!r}, not 'passed' ({tags.get(REASONS_TAG, 'no verdict recorded')})"
-    if tags.get(PRIVATE_TAG) != "true" and not allow_not_private:
-        return "the study is not private"
-    if audit == "failed":
-        return f"its audit failed ({tags.get(f'{AUDIT_TAG}_reasons', 'no reasons recorded')})"
-    if audit == "required":
-        return "its study asks for an audit before promotion and it has none; audit its configuration and give --audit"
-    return ""
 
 
 def _with_audit(

@@ -1,10 +1,12 @@
 """Reading and writing the MLflow model registry: one connection, aliases, versions, tags, and errors that say what."""
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from fedmentor_core.config import TrackingConfig
 from fedmentor_core.errors import ConfigError, FedMentorError
 from fedmentor_core.records import ModelSummary
 from tasks.registration_records import MOST_TAG_CHARACTERS
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"
+DEFAULT_NAME = TrackingConfig().registered_model
 
 
 class RegistryError(FedMentorError):
@@ -34,6 +37,18 @@ def registry_errors(action: str) -> Iterator[None]:
             f"MLflow could not {action}: {lines[0][:300].rstrip('.')}. "
             "Run the same command again: it finishes what was begun."
         ) from error
+
+
+def registry_uri(given: str | None) -> str:
+    """MLflow's address: as given, else this process's MLFLOW_TRACKING_URI.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    uri = given or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        raise ConfigError("no tracking_uri is given and MLFLOW_TRACKING_URI is not set; one of them must name MLflow.")
+    return uri
 
 
 def open_registry(tracking_uri: str, name: str, *, must_exist: bool = False) -> "MlflowClient":
@@ -90,6 +105,20 @@ def aliases_of(client: "MlflowClient", name: str) -> dict[str, str]:
             raise
         known = ", ".join(sorted(one.name for one in client.search_registered_models())) or "none"
         raise ConfigError(f"no registered model {name!r}; the registry has: {known}.") from None
+
+
+def find_alias(client: "MlflowClient", name: str, alias: str) -> str | None:
+    """The version that an alias points at; None where there is no such alias, or no such registered model yet."""
+    from mlflow.exceptions import MlflowException
+
+    with registry_errors(f"read {name!r}"):
+        try:
+            found = client.get_registered_model(name).aliases.get(alias)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+    return None if found is None else str(found)
 
 
 def verify_champion(client: "MlflowClient", name: str, version: str) -> None:

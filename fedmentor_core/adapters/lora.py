@@ -227,16 +227,29 @@ def load_adapter_folder(backbone: Backbone, folder: Path) -> Any:
     Raises:
         IntegrityError: the weights are torn or do not fit the backbone.
     """
-    raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    config = AdapterConfig(
-        rank=raw["r"],
-        alpha=raw["lora_alpha"],
-        target_modules=tuple(raw["target_modules"]),
-        last_layers=len(raw["layers_to_transform"]) if raw.get("layers_to_transform") else None,
-        train="both",
-    )
+    config, state = read_adapter_folder(folder)
     model = attach(backbone, config, seed=0)
-    state = state_from_bytes((folder / WEIGHTS_FILE).read_bytes())
-    load_state(model, {short_name(name): tensor for name, tensor in state.items()})
+    load_state(model, state)
     model.eval()
     return model
+
+
+def read_adapter_folder(folder: Path) -> tuple[AdapterConfig, State]:
+    """Settings and all tensors (frozen and trained, by short name) of a folder written by ``save_adapter_folder``.
+
+    Raises:
+        IntegrityError: the files are torn or not ours.
+    """
+    try:
+        raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = AdapterConfig(
+            rank=raw["r"],
+            alpha=raw["lora_alpha"],
+            target_modules=tuple(raw["target_modules"]),
+            last_layers=len(raw["layers_to_transform"]) if raw.get("layers_to_transform") else None,
+            train="both",
+        )
+        data = (folder / WEIGHTS_FILE).read_bytes()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"adapter folder {folder} cannot be read ({type(error).__name__}).") from None
+    return config, {short_name(name): tensor for name, tensor in state_from_bytes(data).items()}

@@ -187,10 +187,12 @@ def audit_config(config: StudyConfig) -> StudyConfig:
     """The study as the audit runs it: the same mechanism, with a name and a store of its own and nothing evaluated.
 
     The gate and test sets are never looked at; calling them public keeps the plan from opening validation accounts.
+    Where training starts is public, so it is no part of the mechanism: a new adapter serves as well as the champion.
     """
     return config.model_copy(
         update={
             "name": audit_name(config),
+            "start_from": "backbone",
             "storage": config.storage.model_copy(update={"url": None}),
             "evaluation": config.evaluation.model_copy(update={"gate_data": "public"}),
             "tracking": config.tracking.model_copy(update={"enabled": False}),

@@ -76,6 +76,7 @@ def standin_config(config: StudyConfig, invented: Mapping[str, int]) -> StudyCon
                     n_units=invented[domain.name],
                     seed=_FIRST_SEED + position,
                 ),
+                "site": None,
                 "shares_posts_with": (),
             }
         )

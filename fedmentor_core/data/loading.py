@@ -19,6 +19,7 @@ from fedmentor_core.data.sources import (
     DomainSpec,
     HubSource,
     InventedSource,
+    SiteSource,
     TableSource,
 )
 from fedmentor_core.data.units import (
@@ -107,6 +108,11 @@ def load_domain_data(domain: DomainSpec, data: DataConfig) -> DomainData:
 
 def _read_domain(domain: DomainSpec, data: DataConfig, key: bytes) -> tuple[list[NamedRow], Repairs]:
     counter = Counter()
+    if isinstance(domain.source, SiteSource):
+        raise ConfigError(
+            f"domain {domain.name!r}: its rows are at its site (source.kind 'site') and cannot be read anywhere else. "
+            "Run this at the site, or give the domain a source of this machine."
+        )
     rows = clean(_read_source(domain.source, data, counter), lambda row: unit_digest(key, row), counter)
     if not rows:
         raise DataError(

@@ -131,8 +131,18 @@ class HubSource(_Frozen):
     columns: ColumnMapping = Field(description="Which column holds what.")
 
 
-Source = Annotated[
+class SiteSource(_Frozen):
+    """Rows that are at the domain's site: where, only the site's own file says (``fedmentor_core/site/file.py``)."""
+
+    kind: Literal["site"] = "site"
+
+
+LocalSource = Annotated[
     InventedSource | CorpusSource | TableSource | HubSource,
+    Field(discriminator="kind", description="Where the rows come from."),
+]
+Source = Annotated[
+    InventedSource | CorpusSource | TableSource | HubSource | SiteSource,
     Field(discriminator="kind", description="Where the rows come from."),
 ]
 
@@ -185,6 +195,6 @@ class DomainSpec(Protocol):
         ...
 
     @property
-    def source(self) -> InventedSource | CorpusSource | TableSource | HubSource:
+    def source(self) -> InventedSource | CorpusSource | TableSource | HubSource | SiteSource:
         """Where its rows come from."""
         ...

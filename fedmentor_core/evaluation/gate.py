@@ -6,6 +6,7 @@ from fedmentor_core.config import ThresholdConfig
 from fedmentor_core.records import EvaluationMetrics, GateVerdict, Metrics, ThresholdResult
 
 Comparison = Mapping[str, EvaluationMetrics | None]
+NO_CHAMPION = "there is no champion yet"
 
 
 def judge(metrics: EvaluationMetrics, thresholds: tuple[ThresholdConfig, ...], comparisons: Comparison) -> GateVerdict:
@@ -14,10 +15,12 @@ def judge(metrics: EvaluationMetrics, thresholds: tuple[ThresholdConfig, ...], c
     Args:
         metrics: the candidate's.
         thresholds: the gate's lines; 'each' gives one result per domain.
-        comparisons: metrics of the 'baseline' and, where one is configured, the 'reference' run on the same set.
+        comparisons: metrics of the 'baseline' and, where one is configured, the 'reference' run on the same set; and
+            of the 'champion': without that key there is none yet, and None says that it cannot be compared.
 
     Returns:
-        Passed only when every line passes. A value that is not available (withheld, NaN) fails its line.
+        Passed only when every line passes. A value that is not available (withheld, NaN) fails its line. A line against
+        the champion passes, and says so, while there is no champion: the other lines judge the first one.
     """
     results = tuple(result for threshold in thresholds for result in _lines(metrics, threshold, comparisons))
     return GateVerdict(
@@ -40,7 +43,8 @@ def _lines(
             other = comparisons.get(threshold.relative_to)
             against = None if other is None else _value(other, scope, threshold.metric)
             bound = None if against is None else factor * against + threshold.offset
-        passed = value is not None and bound is not None
+        first_champion = threshold.relative_to == "champion" and "champion" not in comparisons
+        passed = first_champion and value is not None
         if value is not None and bound is not None:
             passed = value >= bound if threshold.at_least is not None else value <= bound
         yield ThresholdResult(
@@ -51,6 +55,7 @@ def _lines(
             bound=bound,
             relative_to=threshold.relative_to,
             passed=passed,
+            note=NO_CHAMPION if first_champion else "",
         )
 
 

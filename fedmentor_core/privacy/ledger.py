@@ -70,7 +70,11 @@ class Ledger:
         Raises:
             LedgerError: an entry is missing, torn, changed or out of order.
         """
-        return [stored.entry for stored in self._chain.read()]
+        return [stored.entry for stored in self.chain()]
+
+    def chain(self) -> list[StoredEntry]:
+        """The same, each entry with the digest of its stored bytes."""
+        return self._chain.read()
 
     def open_account(
         self,
@@ -280,7 +284,7 @@ class Ledger:
 
     def view(self) -> LedgerView:
         """What ``fedmentor ledger`` shows."""
-        return view_of(self.domain, self._chain.read())
+        return view_of(self.domain, self.chain())
 
     def _charge(
         self,

@@ -10,8 +10,8 @@ from fedmentor_core.config import StudyConfig
 
 
 def on_real_text(config: StudyConfig) -> tuple[str, ...]:
-    """Names of the domains whose text is not invented."""
-    return tuple(domain.name for domain in config.domains if domain.source.kind != "invented")
+    """Names of the domains on this machine whose text is not invented."""
+    return tuple(domain.name for domain in config.domains if domain.source.kind not in ("invented", "site"))
 
 
 def missing_precautions(config: StudyConfig) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from pydantic import ValidationError
 
 from fedmentor_core.config import StudyConfig
 from fedmentor_core.data.units import Split, digest_key
-from fedmentor_core.errors import BudgetError, LedgerError
+from fedmentor_core.errors import LedgerError, SharedPostsError
 from fedmentor_core.hashing import canonical_json, sha256_bytes
 from fedmentor_core.privacy.ledger import Ledger, ledger_domains, promise_in, spent_rdp_in
 from fedmentor_core.privacy.refusals import refused
@@ -190,7 +190,7 @@ def join_account(
     each finds the other's set, and neither is admitted until one acknowledges the other.
 
     Raises:
-        BudgetError: the posts are another account's.
+        SharedPostsError: the posts are another account's.
         LedgerError: stored digests cannot be compared.
     """
     name, data = _stored_form(claim.account, claim.fingerprint, key, claim.posts)
@@ -200,7 +200,7 @@ def join_account(
     store.put(name, data)
     refusal = claim_refusal(store, key, claim, siblings=siblings, acknowledged=acknowledged)
     if refusal is not None:
-        raise BudgetError(refusal)
+        raise SharedPostsError(refusal)
 
 
 def training_claim(config: StudyConfig, plan: DomainPlan, data: "DomainData") -> Claim:

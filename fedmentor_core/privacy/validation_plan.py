@@ -5,10 +5,11 @@ training account: the units of gate, test and training are disjoint, so a unit's
 Every release is one step of the Gaussian mechanism at sample rate 1 (``release.py``); which units of a large set are
 evaluated is public and buys no amplification.
 
-A run plans ``rounds + 1`` releases of a gate set (untrained, and each round's candidate) and two of a test set
-(untrained and final), all with the noise at which they fit the run's share of the lifetime budget. A release that died
-after its charge is charged again; later ones then get noisier instead of failing, for which a small spare is kept. The
-filter theorem (``filter.py``) allows that choice, because it looks at the ledger only.
+A run plans ``rounds + 1`` releases of a gate set (untrained, and each round's candidate; one more where the gate
+compares with the champion) and two of a test set (untrained and final), all with the noise at which they fit the run's
+share of the lifetime budget. A release that died after its charge is charged again; later ones then get noisier instead
+of failing, for which a small spare is kept. The filter theorem (``filter.py``) allows that choice, because it looks at
+the ledger only.
 """
 
 import hashlib
@@ -43,9 +44,9 @@ def account_name(domain: str, split: SetName) -> str:
     return f"{domain}.{split}"
 
 
-def planned_releases(split: SetName, rounds: int) -> int:
-    """Releases of one set in an undisturbed run."""
-    return rounds + 1 if split == "gate" else 2
+def planned_releases(split: SetName, rounds: int, *, champion: bool = False) -> int:
+    """Releases of one set in an undisturbed run; the champion, where it is compared with, is one of the gate set."""
+    return rounds + 1 + champion if split == "gate" else 2
 
 
 def chosen_units(units: Iterable[str], at_most: int, *, split_seed: int, account: str) -> frozenset[str]:
@@ -202,7 +203,7 @@ def plan_validation(
             f"domain {domain.name!r}: evaluation.private.delta {delta:g} must be below 1/N = {1 / n_units:.3g} (N = "
             f"{n_units} units of its {split} set). Lower it or leave it out."
         )
-    releases = planned_releases(split, config.rounds)
+    releases = planned_releases(split, config.rounds, champion=config.compares_with_champion)
     base = {
         "account": account_name(domain.name, split),
         "split": split,

@@ -43,7 +43,7 @@ def up(folder: StackFolder, settings: StackSettings, postgres: str | None, say: 
     with folder.locked():
         state = folder.load() or StackState()
         _check_change(state, settings)
-        digest = provisioning.deployment_digest()
+        digest = provisioning.deployment_digest(settings)
         wanted = services(settings, folder, postgres)
         _stop_outdated(folder, state, wanted, settings, say)
         state.settings = settings

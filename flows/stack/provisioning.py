@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import yaml
@@ -17,7 +18,9 @@ from flows.stack.state import StackFolder
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PREFECT_FILE = CHECKOUT / "prefect.yaml"
-PARAMETER_MODELS = CHECKOUT / "fedmentor_core" / "config.py"
+PARAMETER_MODELS = (CHECKOUT / "fedmentor_core" / "config.py", CHECKOUT / "fedmentor_core" / "site" / "requests.py")
+PARAMETER_FILES = CHECKOUT / "infra" / "configs"
+SITE_ENTRYPOINT = "flows/client_site.py:client_site"
 POOL_TEMPLATE = CHECKOUT / "infra" / "stack" / "process_pool.json"
 _DEPLOY_TIMEOUT_SECONDS = 300.0
 
@@ -76,40 +79,72 @@ def make_work_pools(settings: StackSettings) -> None:
     api = PrefectApi(settings)
     template = json.loads(POOL_TEMPLATE.read_text(encoding="utf-8"))
     there = api.work_pools()
-    for pool in settings.pools:
+    for pool in dict.fromkeys((*settings.pools, *(one["work_pool"]["name"] for one in _described()["deployments"]))):
         if pool not in there:
             description = "Flows of the server." if pool == settings.pools[0] else f"Work that runs at site {pool}."
             body = {"name": pool, "type": "process", "description": description, "base_job_template": template}
             api.call("POST", "/work_pools/", body)
 
 
-def deployment_digest() -> str:
-    """sha256 of what ``deploy`` applies: prefect.yaml, its flows, and the models of their parameters.
+def deployment_digest(settings: StackSettings) -> str:
+    """sha256 of what ``deploy`` applies: prefect.yaml, its flows, the models of their parameters, and the sites.
 
     Raises:
         ConfigError: there is no prefect.yaml: the package runs from somewhere else than a checkout.
     """
-    if not PREFECT_FILE.is_file():
-        raise ConfigError(f"no prefect.yaml in {CHECKOUT}. Start the stack from a checkout of the repository.")
-    described = yaml.safe_load(PREFECT_FILE.read_text(encoding="utf-8"))
-    flows = sorted({CHECKOUT / one["entrypoint"].split(":")[0] for one in described["deployments"]})
+    flows = sorted({CHECKOUT / one["entrypoint"].split(":")[0] for one in _described()["deployments"]})
     made = hashlib.sha256()
-    for path in (PREFECT_FILE, *flows, PARAMETER_MODELS):
+    for path in (PREFECT_FILE, *flows, *PARAMETER_MODELS, *sorted(PARAMETER_FILES.glob("*.yaml"))):
         made.update(hashlib.sha256(path.read_bytes()).digest())
+    made.update("\0".join(site.name for site in settings.sites).encode())
     return made.hexdigest()
 
 
+def _described() -> dict[str, Any]:
+    """What prefect.yaml says.
+
+    Raises:
+        ConfigError: there is none: the package runs from somewhere else than a checkout.
+    """
+    if not PREFECT_FILE.is_file():
+        raise ConfigError(f"no prefect.yaml in {CHECKOUT}. Start the stack from a checkout of the repository.")
+    found: dict[str, Any] = yaml.safe_load(PREFECT_FILE.read_text(encoding="utf-8"))
+    return found
+
+
+def _of_other_sites(settings: StackSettings) -> dict[str, Any] | None:
+    """A prefect.yaml with the deployments of sites that the checkout's own does not name; None: there are none."""
+    described = _described()
+    named = {one["work_pool"]["name"] for one in described["deployments"]}
+    like = next(one for one in described["deployments"] if one["entrypoint"] == SITE_ENTRYPOINT)
+    made = [
+        {**like, "name": site.name, "work_pool": {"name": site.name}}
+        for site in settings.sites
+        if site.name not in named
+    ]
+    return {**described, "deployments": made} if made else None
+
+
 def deploy(settings: StackSettings, folder: StackFolder) -> None:
-    """Apply every deployment of prefect.yaml, by the command that its documentation gives.
+    """Apply every deployment of prefect.yaml, by the command that its documentation gives, and those of other sites.
 
     Raises:
         StackError: the command failed; its output is in ``logs/deploy.log``.
     """
+    _deploy_all(settings, folder, PREFECT_FILE)
+    others = _of_other_sites(settings)
+    if others is not None:
+        path = folder.data / "prefect-sites.yaml"
+        path.write_text(yaml.safe_dump(others), encoding="utf-8")
+        _deploy_all(settings, folder, path)
+
+
+def _deploy_all(settings: StackSettings, folder: StackFolder, described: Path) -> None:
     log = folder.logs / "deploy.log"
     with log.open("ab") as output:
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+                [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(described)],
                 env=process_env(settings, folder.data / "prefect"),
                 cwd=CHECKOUT,
                 stdin=subprocess.DEVNULL,

@@ -31,7 +31,13 @@ _QUIET = {
     "PYTHONUNBUFFERED": "1",
 }
 _OF_ANOTHER_STACK = ("PREFECT_", "MLFLOW_", "AWS_ENDPOINT_URL")
-_OF_ONE_PROCESS = ("FEDMENTOR_SITE", "FEDMENTOR_DATA_ROOT", "FEDMENTOR_STORE_URL", POSTGRES_VARIABLE)
+_OF_ONE_PROCESS = (
+    "FEDMENTOR_SITE",
+    "FEDMENTOR_SITE_FILE",
+    "FEDMENTOR_DATA_ROOT",
+    "FEDMENTOR_STORE_URL",
+    POSTGRES_VARIABLE,
+)
 
 
 @dataclass(frozen=True)
@@ -202,6 +208,8 @@ def _worker(settings: StackSettings, folder: StackFolder, site: SiteSettings | N
         env |= {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_DEFAULT_REGION": "us-east-1"}
     if site is not None:
         env |= {"FEDMENTOR_SITE": site.name, **site.env}
+        if site.site_file is not None:
+            env["FEDMENTOR_SITE_FILE"] = str(site.site_file.resolve())
         if site.data_root is not None:
             env["FEDMENTOR_DATA_ROOT"] = str(site.data_root.resolve())
     return Service(

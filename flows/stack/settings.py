@@ -28,6 +28,9 @@ class SiteSettings(BaseModel):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,40}$", description="Name of the site and of its work pool.")
     data_root: Path | None = Field(default=None, description="Folder with the site's data; only its worker is told.")
+    site_file: Path | None = Field(
+        default=None, description="The site's own file (docs/sites.md); only its worker is told where it is."
+    )
     env: dict[str, str] = Field(default={}, description="Further variables of this site's worker. No secrets here.")
     env_file: Path | None = Field(default=None, description="NAME=VALUE lines with the site's credentials.")
 
@@ -121,17 +124,20 @@ def checked_settings(values: dict[str, object], source: str) -> StackSettings:
 
 
 def parse_site(text: str) -> SiteSettings:
-    """Read ``NAME`` or ``NAME=DATA_FOLDER``.
+    """Read ``NAME``, ``NAME=DATA_FOLDER`` or ``NAME=SITE_FILE``, which ends in ``.yaml`` or ``.yml``.
 
     Raises:
         ConfigError: the name is not made of lower-case letters, digits and dashes, or is taken.
     """
     name, _, folder = text.partition("=")
+    path = Path(folder).resolve() if folder else None
+    place = "site_file" if folder.endswith((".yaml", ".yml")) else "data_root"
     try:
-        return SiteSettings(name=name, data_root=Path(folder).resolve() if folder else None)
+        return SiteSettings.model_validate({"name": name, place: path})
     except ValidationError as error:
         raise ConfigError(
-            f"--site {text}: {error.errors()[0]['msg']}. Give NAME or NAME=DATA_FOLDER, for example site-a=data/a."
+            f"--site {text}: {error.errors()[0]['msg']}. Give NAME, NAME=DATA_FOLDER or NAME=SITE_FILE, for "
+            "example site-a=a/site.yaml."
         ) from None
 
 

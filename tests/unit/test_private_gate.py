@@ -477,7 +477,7 @@ def test_every_private_batch_has_one_shape(
     """Else a neighbour would decide how a row is padded, and with it, by rounding, what is written for the row."""
     private_study["evaluation"]["batch_size"] = 4
     workspace = opened(private_study, tmp_path / "out")
-    model, shapes = workspace.evaluation_model, []
+    model, shapes = workspace.evaluation_model_with(workspace.initial_adapter.trained), []
     generate = model.generate
     monkeypatch.setattr(
         model, "generate", lambda **given: shapes.append(tuple(given["input_ids"].shape)) or generate(**given)

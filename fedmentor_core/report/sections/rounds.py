@@ -45,7 +45,12 @@ class RoundView:
 CLIENT_COLUMNS = (
     "units", "sample rate", "steps", "noise", "clip norm", "ε spent", "δ", "up", "down", "time",
 )  # fmt: skip
-_AGAINST = {"none": "a fixed value", "baseline": "the untrained model", "reference": "the reference run"}
+_AGAINST = {
+    "none": "a fixed value",
+    "baseline": "the untrained model",
+    "reference": "the reference run",
+    "champion": "the champion",
+}
 
 
 def rounds(summary: StudySummary) -> list[RoundView]:

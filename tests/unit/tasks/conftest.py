@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 
 from fedmentor_core.config import StudyConfig
+from fedmentor_core.lineage import LedgerPlace, Lineage, head_of
+from fedmentor_core.privacy.filter import PrivacyAccount
+from fedmentor_core.privacy.ledger import Ledger
 from fedmentor_core.records import (
     AdapterSummary,
+    ArtifactRef,
     BackboneSummary,
     ClientSummary,
     DomainPlan,
@@ -20,6 +24,7 @@ from fedmentor_core.records import (
     StudyPlan,
     StudySummary,
 )
+from fedmentor_core.storage.local import LocalStore
 from tasks.tracking import Tracker, mlflow_client, open_tracking
 
 DOMAINS = ("stress", "sleep")
@@ -136,6 +141,41 @@ class Study:
 @pytest.fixture(scope="session")
 def study() -> Study:
     return Study()
+
+
+@pytest.fixture
+def ledgers(tmp_path: Path) -> LocalStore:
+    """Real accounts of the study's domains, each charged once."""
+    store = LocalStore(tmp_path / "ledgers")
+    for domain in DOMAINS:
+        account = PrivacyAccount.open(8.0, 1e-5, 0.25, 8)
+        ledger = Ledger(store, domain)
+        ledger.open_account(account, run_id="run-0", dataset_fingerprint="f" * 64)
+        ledger.charge(
+            account,
+            run_id="run-0",
+            round_index=0,
+            attempt=0,
+            dataset_fingerprint="f" * 64,
+            noise_multiplier=2.0,
+            sample_rate=0.25,
+            steps=4,
+        )
+    return store
+
+
+@pytest.fixture
+def lineage(study: Study, ledgers: LocalStore) -> Lineage:
+    """Of an adapter that those accounts paid for."""
+    return Lineage(
+        git_revision="unknown",
+        adapter=ArtifactRef(key="runs/run-0/adapters/a.safetensors", sha256="a" * 64, n_bytes=20),
+        manifests=("1" * 64, "2" * 64),
+        gate_manifest="2" * 64,
+        scorers=study.summary().scorers,
+        ledger=LedgerPlace(url=ledgers.url),
+        heads=tuple(head_of(Ledger(ledgers, domain)) for domain in DOMAINS),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ def rewritten(folder: Path, target: Path, **changes) -> Path:
 
 
 @pytest.fixture
-def register(tracker, study, audited, passed, tmp_path):
+def register(tracker, study, audited, passed, lineage, tmp_path):
     """Registers a version that ``passed`` speaks for, unless told otherwise."""
 
     def go(number: int = 0, *, mechanism: Mechanism | None = None, required: bool = False, audit: Path | None = None):
@@ -92,6 +92,7 @@ def register(tracker, study, audited, passed, tmp_path):
             promises=DomainPromise.of(study.summary()),
             backbone=BackboneReference(name="embedded", sha256="b" * 64, max_length=128),
             mechanism=mechanism or read_audit(passed).report.mechanism,
+            lineage=lineage,
             audit_required=required,
         )
         given = None if audit is None else read_audit(audit)
@@ -132,7 +133,7 @@ def test_a_failed_audit_is_recorded_and_refuses(register, tags, tracking_uri, fa
             promote_command(tracking_uri, NAME, "1", audit=audit)
     assert champion(tracking_uri, NAME) is None
     assert tags()["fedmentor.audit"] == "failed"
-    promote_flow.fn(tracking_uri, NAME, "1", audit=str(passed))
+    promote_flow.fn("1", "reviewed", NAME, tracking_uri, audit=str(passed))
     assert tags()["fedmentor.audit_failed_before"] == read_audit(failed).sha256, "a pass does not hide the failure"
 
 
@@ -235,7 +236,7 @@ def test_an_audit_of_client_level_privacy_is_refused_when_the_study_is_read(tiny
 # --- promises -----------------------------------------------------------------------------------------------------------
 
 
-def test_ten_domains_promises_are_in_tags_and_description(tracker, study, audited, tmp_path):
+def test_ten_domains_promises_are_in_tags_and_description(tracker, study, audited, lineage, tmp_path):
     client, plan = study.client("sleep", 0), study.plan().domains[0]
     names = [f"clinic-{number}-of-a-long-federation-name-{number:02d}" for number in range(10)]
     summary = study.summary().model_copy(
@@ -277,6 +278,7 @@ def test_ten_domains_promises_are_in_tags_and_description(tracker, study, audite
         promises=DomainPromise.of(summary),
         backbone=BackboneReference(name="embedded", sha256="b" * 64, max_length=128),
         mechanism=Mechanism.of(audited, "b" * 64),
+        lineage=lineage,
     )
     (tmp_path / "adapter").mkdir()
     save_file({"lora_B": torch.ones(2, 2)}, tmp_path / "adapter" / "adapter_model.safetensors")
@@ -306,13 +308,14 @@ def test_ten_domains_promises_are_in_tags_and_description(tracker, study, audite
     assert plan.dataset_fingerprint in summary.plan.model_dump_json(), "public already: it is in summary.json"
 
 
-def test_hundreds_of_domains_stay_within_what_mlflow_holds(study, audited):
+def test_hundreds_of_domains_stay_within_what_mlflow_holds(study, audited, lineage):
     one = DomainPromise.of(study.summary())[0]
     promises = tuple(one.model_copy(update={"domain": f"d{number:03d}"}) for number in range(400))
     parts = {f"domains.d{number:03d}.some_setting_{n}": 0.5 for number in range(400) for n in range(10)}
     registration = Registration(
         name=NAME, study_run_id="r", mlflow_run_id="m", config_sha256="c" * 64, private=False, promises=promises,
         backbone=BackboneReference(name="embedded", sha256="b" * 64, max_length=128), mechanism=Mechanism(parts=parts),
+        lineage=lineage,
     )  # fmt: skip
     text = description_of(registration)
     assert len(text) <= 5_000

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import mlflow
@@ -87,7 +89,7 @@ def adapters(tmp_path_factory, tiny_backbone) -> list[Path]:
 
 
 @pytest.fixture
-def register(tracker, study, tiny_backbone, adapters):
+def register(tracker, study, tiny_backbone, adapters, lineage):
     """Registers the n-th study with the n-th adapter."""
     sha256 = load_backbone(BackboneConfig(name=str(tiny_backbone), device="cpu")).sha256
     reference = BackboneReference(name=str(tiny_backbone), sha256=sha256, max_length=128, max_new_tokens=6)
@@ -103,6 +105,7 @@ def register(tracker, study, tiny_backbone, adapters):
             promises=DomainPromise.of(study.summary()),
             backbone=reference,
             mechanism=Mechanism.of(study.config, sha256),
+            lineage=lineage,
             audit_required=audit_required,
         )
 
@@ -269,8 +272,8 @@ def test_flows_promote_and_roll_back(register, tracking_uri):
 
     register(0)
     register(1)
-    assert rollback_flow.fn(tracking_uri, NAME, "bad answers").version == "1"
-    assert promote_flow.fn(tracking_uri, NAME, "2", "good after all").version == "2"
+    assert rollback_flow.fn("bad answers", NAME, tracking_uri).version == "1"
+    assert promote_flow.fn("2", "good after all", NAME, tracking_uri).version == "2"
     assert (promote_flow.name, rollback_flow.name) == ("promote", "rollback")
 
 
@@ -348,7 +351,7 @@ def test_registration_needs_no_active_run_and_leaves_the_global_uri(register, tr
     load_registered(tracking_uri, f"models:/{NAME}@champion")
     assert mlflow.get_tracking_uri() == before != tracking_uri
     assert mlflow.active_run() is None
-    assert {path.name for path in tmp_path.iterdir()} == {"mlflow"}
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow", "ledgers"}
 
 
 def test_folder_that_is_no_adapter(register, tracking_uri, tmp_path):
@@ -379,7 +382,7 @@ def test_unknown_names_are_said_with_what_there_is(register, tracking_uri, tmp_p
     with pytest.raises(ConfigError, match="no MLflow database"):
         champion(f"sqlite:///{tmp_path}/typo.db", NAME)
     with pytest.raises(RegistryError, match="record the verdict"):
-        decide(tracking_uri, NAME, "9", PASSED)
+        decide(tracking_uri, NAME, "9", PASSED, judged_sha256="")
 
 
 def test_generate_command_prints_text_lines_and_json(register, tracking_uri, tmp_path):
@@ -427,7 +430,7 @@ def test_nothing_to_ask(given):
 
 
 @pytest.mark.skipif(not embedded_backbone_folder().is_dir(), reason="the embedded backbone is not built yet")
-def test_embedded_backbone_end_to_end(tracker, study, tmp_path):
+def test_embedded_backbone_end_to_end(tracker, study, lineage, tmp_path):
     sha256 = write_adapter(tmp_path / "adapter", BackboneConfig(device="cpu"), seed=0)
     request = Registration(
         name=NAME,
@@ -438,7 +441,48 @@ def test_embedded_backbone_end_to_end(tracker, study, tmp_path):
         promises=DomainPromise.of(study.summary()),
         backbone=BackboneReference(name="embedded", sha256=sha256, max_length=192, max_new_tokens=8),
         mechanism=Mechanism.of(study.config, sha256),
+        lineage=lineage,
     )
     register_and_decide(tracker.tracking_uri, request, tmp_path / "adapter", PASSED)
     loaded = load_registered(tracker.tracking_uri, f"models:/{NAME}@champion")
     assert len(loaded.answers([ROW])) == 1
+
+
+@pytest.mark.slow
+def test_a_consumer_never_gets_a_half_written_model(register, versions, tracking_uri, monkeypatch):
+    """It loads the champion in a loop while versions are registered, cut short, promoted and rolled back."""
+    register(0)
+    script = Path(__file__).with_name("consumer.py")
+    with subprocess.Popen(
+        [sys.executable, str(script), tracking_uri, f"models:/{NAME}@champion"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as consumer:  # fmt: skip
+        seen = [json.loads(consumer.stdout.readline())]
+
+        def crash(*_):
+            raise KeyboardInterrupt
+
+        def cut_short(number: int) -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(registered_files, "_save_model", crash)
+                with pytest.raises(KeyboardInterrupt):
+                    register(number)
+
+        for change in (
+            lambda: cut_short(1),
+            lambda: register(1),
+            lambda: register(2, FAILED),
+            lambda: rollback(tracking_uri, NAME, reason="bad"),
+            lambda: promote(tracking_uri, NAME, "2", reason="good after all"),
+        ):
+            change()
+            seen += [json.loads(consumer.stdout.readline()) for _ in range(2)]
+        rest, errors = consumer.communicate("stop\n", timeout=120)
+        seen += [json.loads(line) for line in rest.splitlines()]
+    assert consumer.returncode == 0, errors
+    adapters = {version: tags["fedmentor.adapter_sha256"] for version, tags in versions().items()}
+    answers = {version: {one["answer"] for one in seen if one["version"] == version} for version in ("1", "2")}
+    assert all(one["adapter"] == adapters[one["version"]] for one in seen), "whole, and its own version's"
+    assert {one["version"] for one in seen} == {"1", "2"}, "never the version that failed its gate"
+    assert all(len(found) == 1 for found in answers.values()), "one version always answers alike"
+    assert seen[-1]["version"] == "2"
