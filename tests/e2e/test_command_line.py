@@ -91,7 +91,7 @@ def test_a_whole_run_its_summary_and_the_second_start(config_file, environment, 
 @pytest.mark.slow
 def test_ctrl_c_in_the_middle_then_the_same_command_resumes(config_file, environment, tmp_path):
     out = tmp_path / "out"
-    arguments = command("run", "-c", config_file, "-o", out, "--plain", "--set", "training.steps_per_round=40")
+    arguments = command("run", "-c", config_file, "-o", out, "--plain", "--set", "training.steps_per_round=24")
     running = subprocess.Popen(
         arguments,
         env=environment,

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from two_sites import at_sites
 
 from fedmentor_core.config import StudyConfig
-from fedmentor_core.config_io import config_sha256, validate_config
+from fedmentor_core.config_io import config_sha256, load_config, validate_config
 from fedmentor_core.data.loading import load_study_data
 from fedmentor_core.errors import (
     BudgetError,
@@ -212,3 +212,12 @@ def test_what_a_server_hears_of_a_failure(error, is_told):
     failure = told(error)
     assert failure.kind == type(error).__name__
     assert (str(error) in failure.reason) is is_told
+
+
+def test_the_examples_are_valid():
+    root = Path(__file__).resolve().parents[3]
+    file = load_site_file(root / "infra" / "sites" / "site_example.yaml")
+    config = load_config(root / "infra" / "configs" / "two_sites.yaml")
+    made = at_site(asked(config, "crisis-line"), file)
+    assert made.domains[0].source.kind == "csv"
+    assert made.storage.url == "s3://fedmentor-site-a/store"
