@@ -114,9 +114,7 @@ class InProcess:
 
     def train(self, assignments: Sequence[ClientAssignment]) -> list[ClientUpdate]:
         """One client after another, with retries."""
-        return [
-            train_with_retries(self.workspace, assignment, self.listen, self.deliver) for assignment in assignments
-        ]
+        return [train_with_retries(self.workspace, assignment, self.listen, self.deliver) for assignment in assignments]
 
     def aggregate(self, base: ArtifactRef, updates: Sequence[ClientUpdate]) -> tuple[ArtifactRef, list[ClientUpdate]]:
         """See ``rounds.aggregate``."""
@@ -242,9 +240,7 @@ def run_study(ref: StudyRef, engine: Engine | None = None, listen: Listener = si
     return summary.model_copy(update={"model": model, "status": status, "seconds_total": rounds.now() - started})
 
 
-def _champion_metrics(
-    workspace: Workspace, engine: Engine, champion: Champion | None, listen: Listener
-) -> Comparisons:
+def _champion_metrics(workspace: Workspace, engine: Engine, champion: Champion | None, listen: Listener) -> Comparisons:
     """The champion on tonight's gate set: nothing where there is none, None where its backbone is another."""
     if champion is None or not workspace.config.compares_with_champion:
         return {}
