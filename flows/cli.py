@@ -663,10 +663,16 @@ def _tracking_uri(out: Path | None, tracking_uri: str | None) -> str:
     if tracking_uri is not None:
         return tracking_uri
     assert out is not None
-    database = out.resolve() / "mlflow.db"
-    if not database.is_file():
-        raise ConfigError(f"{out} holds no mlflow.db. Give a finished study's folder, or --tracking-uri.")
-    return f"sqlite:///{database}"
+    database, summary = out.resolve() / "mlflow.db", out / "summary.json"
+    if database.is_file():  # also where the folder was moved since
+        return f"sqlite:///{database}"
+    tracked = json.loads(summary.read_text(encoding="utf-8")).get("tracking_uri") if summary.is_file() else None
+    if not tracked:
+        raise ConfigError(
+            f"{out} holds no mlflow.db and no summary that names MLflow. Give a finished study's folder, or "
+            "--tracking-uri."
+        )
+    return str(tracked)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fedmentor_core.errors import ConfigError
 from fedmentor_core.privacy.ledger import Ledger
 from fedmentor_core.storage.local import LocalStore
 from flows import cli
@@ -25,7 +26,8 @@ def prefect_home(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def environment(prefect_home) -> dict[str, str]:
-    return {**os.environ, "PREFECT_HOME": str(prefect_home), "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+    kept = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}  # MLflow sets it
+    return {**kept, "PREFECT_HOME": str(prefect_home), "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
 
 
 @pytest.fixture
@@ -230,3 +232,12 @@ def _check_summary_contract(summary: dict) -> None:
             }  # fmt: skip
             assert client["epsilon_spent"] <= client["epsilon_budget"]
     assert set(summary["model"]) >= {"name", "version", "aliases"}
+
+
+def test_a_study_tracked_elsewhere_is_found_by_its_summary(tmp_path):
+    with pytest.raises(ConfigError, match=r"no mlflow\.db and no summary"):
+        cli._tracking_uri(tmp_path, None)
+    (tmp_path / "summary.json").write_text(json.dumps({"tracking_uri": "http://127.0.0.1:5000"}), encoding="utf-8")
+    assert cli._tracking_uri(tmp_path, None) == "http://127.0.0.1:5000"
+    (tmp_path / "mlflow.db").touch()
+    assert cli._tracking_uri(tmp_path, None) == f"sqlite:///{tmp_path.resolve() / 'mlflow.db'}"

@@ -160,6 +160,7 @@ STORE_KEYS = (
     r"plan\.json",
     r"adapters/[0-9a-f]{64}\.safetensors",
     r"evaluations/[0-9a-f]{24}/(gate|test)-(one|two)\.json",
+    r"models/fedmentor-adapter-\d+\.json",  # lineage of the registered version: digests and names
     r"rounds/\d{4}/manifest\.json",
     r"rounds/\d{4}/clients/(one|two)/update-\d{3}\.safetensors",
     r"rounds/\d{4}/clients/(one|two)/update\.json",
