@@ -16,6 +16,7 @@ from fedmentor_core.champion import Champion
 from fedmentor_core.config import StudyConfig
 from fedmentor_core.discretion import discreet
 from fedmentor_core.errors import LedgerError, SiteError
+from fedmentor_core.privacy.validation_plan import SetName
 from fedmentor_core.records import (
     ArtifactRef,
     ClientAssignment,
@@ -28,7 +29,8 @@ from fedmentor_core.records import (
     StudyPlan,
     StudySummary,
 )
-from fedmentor_core.study import Evaluations, SetName, report_failure, run_study, settle_plan
+from fedmentor_core.steps import report_failure, settle_plan
+from fedmentor_core.study import Evaluations, run_study
 from fedmentor_core.study_ref import StudyRef, open_study
 from fedmentor_core.workspace import Workspace, workspace_of
 from flows.outputs import write_outputs

@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from fedmentor_core.discretion import discreet
 from fedmentor_core.records import ClientAssignment, ClientUpdate
-from fedmentor_core.study import train_one
+from fedmentor_core.steps import train_one
 from fedmentor_core.study_ref import StudyRef
 from fedmentor_core.workspace import workspace_of
 from tasks.listening import tell

@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 from fedmentor_core.discretion import discreet
 from fedmentor_core.evaluation.gate import judge
 from fedmentor_core.records import ArtifactRef, DomainEvaluation, EvaluationMetrics, GateVerdict, MissingEvaluation
-from fedmentor_core.study import evaluate_one
+from fedmentor_core.steps import evaluate_one
 from fedmentor_core.study_ref import StudyRef
 from fedmentor_core.workspace import workspace_of
 from tasks.listening import tell

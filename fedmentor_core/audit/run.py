@@ -43,7 +43,7 @@ from fedmentor_core.errors import BudgetError, ConfigError, OutputExistsError
 from fedmentor_core.progress import Listener, ProgressEvent, silent
 from fedmentor_core.records import ArtifactRef, DomainPlan, EvaluationMetrics, Metrics
 from fedmentor_core.rounds import RoundState
-from fedmentor_core.study import train_with_retries
+from fedmentor_core.steps import train_with_retries
 from fedmentor_core.study_ref import MARKER, claim_study, find_study
 from fedmentor_core.workspace import client_key
 

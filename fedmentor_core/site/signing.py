@@ -1,7 +1,6 @@
 """Ed25519 signatures on a site's answers (RFC 8032): the server believes a key, not a place in a store."""
 
 import os
-import stat
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
@@ -10,6 +9,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from fedmentor_core.errors import AnswerRejectedError, ConfigError, OutputExistsError
 from fedmentor_core.hashing import canonical_json
+from fedmentor_core.secret_file import read_secret_file
 from fedmentor_core.site.requests import Answer, SignedAnswer
 
 _CONTEXT = b"fedmentor site answer 1\0"
@@ -42,18 +42,9 @@ def read_key_file(path: Path) -> Ed25519PrivateKey:
     Raises:
         ConfigError: the file is missing, open to others, or holds something else. Never quotes it.
     """
+    text = read_secret_file(path, "signing key", _HOW)
     try:
-        with path.open("rb") as handle:
-            mode = stat.S_IMODE(os.fstat(handle.fileno()).st_mode)
-            if mode & 0o077:
-                raise ConfigError(
-                    f"signing key {path} has mode {mode:04o}, so that others can use it; allowed: 0600 or 0400. Run "
-                    "chmod 600 on it, and think of a new key."
-                )
-            secret = bytes.fromhex(handle.read(1024).decode("ascii").strip())
-        return Ed25519PrivateKey.from_private_bytes(secret)
-    except OSError as error:
-        raise ConfigError(f"signing key {path} cannot be read: {error.strerror}. {_HOW}") from None
+        return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(text.strip()))
     except ValueError:
         raise ConfigError(f"signing key {path} must hold 64 hex digits. {_HOW}") from None
 

@@ -4,13 +4,12 @@ Whoever holds the store sees keys, sizes, times and pointers' moves, and no cont
 back an old pointer, but not change or exchange objects (``envelope.py`` says how).
 """
 
-import os
-import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedmentor_core.errors import ConfigError, IntegrityError, StorageError
+from fedmentor_core.secret_file import read_secret_file
 from fedmentor_core.storage.base import ArtifactStore, ObjectStat
 from fedmentor_core.storage.body import Body
 from fedmentor_core.storage.envelope import Key, opened_bytes, seal, sealed_bytes, unseal
@@ -33,18 +32,7 @@ class KeyRing:
         Raises:
             ConfigError: the file is missing, open to others, or holds something else. Never quotes it.
         """
-        try:
-            with path.open("rb") as handle:
-                mode = stat.S_IMODE(os.fstat(handle.fileno()).st_mode)
-                if mode & 0o077:
-                    raise ConfigError(
-                        f"key file {path} has mode {mode:04o}, so that others can use it; allowed: 0600 or 0400. Run "
-                        "chmod 600 on it, and think of a new key."
-                    )
-                text = handle.read().decode("ascii", errors="replace")
-        except OSError as error:
-            raise ConfigError(f"key file {path} cannot be read: {error.strerror}. {_HOW}") from error
-        return cls.from_text(text, f"key file {path}")
+        return cls.from_text(read_secret_file(path, "key file", _HOW), f"key file {path}")
 
     @classmethod
     def from_text(cls, text: str, source: str) -> "KeyRing":

@@ -18,8 +18,8 @@ from fedmentor_core import rounds
 from fedmentor_core.config_io import validate_config
 from fedmentor_core.errors import BudgetError
 from fedmentor_core.rounds import RoundState
+from fedmentor_core.steps import train_with_retries
 from fedmentor_core.storage.local import LocalStore
-from fedmentor_core.study import train_with_retries
 from fedmentor_core.study_ref import open_study
 from fedmentor_core.workspace import Workspace
 
