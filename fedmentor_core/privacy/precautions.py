@@ -15,9 +15,9 @@ def on_real_text(config: StudyConfig) -> tuple[str, ...]:
 
 
 def missing_precautions(config: StudyConfig) -> tuple[str, ...]:
-    """Warnings about a private study on real text; none for invented text or a run without privacy."""
+    """Warnings about a study on real text; none for invented text or where no account is opened."""
     real = on_real_text(config)
-    if not real or config.privacy.mode == "none":
+    if not real or not _opens_accounts(config):
         return ()
     said = []
     if config.privacy.ledger_url is None:
@@ -39,12 +39,23 @@ def shared_ledger_refusal(config: StudyConfig) -> str | None:
     """Why the ledgers may not live in the study's store, or None: a server can read a bucket that sites share."""
     real = on_real_text(config)
     store = config.storage.url or ""
-    if not real or config.privacy.mode == "none" or not store.startswith("s3://"):
+    if not real or not _opens_accounts(config) or not store.startswith("s3://"):
         return None
-    if config.privacy.ledger_url is not None and not config.privacy.ledger_url.startswith(store):
+    if config.privacy.ledger_url is not None and not _overlap(config.privacy.ledger_url, store):
         return None
     return (
         f"privacy.ledger_url: the ledgers of {', '.join(real)} would live in the study's store {store}, which others "
         "read. They hold digests of posts. Allowed: a store of the site's own, such as "
         "file:///var/lib/fedmentor/ledgers. Set privacy.ledger_url"
     )
+
+
+def _opens_accounts(config: StudyConfig) -> bool:
+    """A private gate set has accounts of its own even where training is a baseline without privacy."""
+    return config.privacy.mode == "dp" or config.evaluation.gate_data == "private"
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one store lies in the other, or is the same."""
+    left, right = (url.rstrip("/") + "/" for url in (one, other))
+    return left.startswith(right) or right.startswith(left)

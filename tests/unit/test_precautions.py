@@ -51,6 +51,9 @@ def test_real_text_is_told_of_its_account_and_its_key(real_study: dict, monkeypa
     [
         (None, True),
         ("s3://shared/study/ledgers", True),
+        ("s3://shared/study", True),
+        ("s3://shared", True),
+        ("s3://shared/study-ledgers", False),
         ("s3://site-a/ledgers", False),
         ("file:///var/lib/ledgers", False),
     ],
@@ -61,6 +64,14 @@ def test_digests_of_real_posts_do_not_go_to_a_shared_store(
     real_study["storage"] = {"url": "s3://shared/study"}
     told = shared_ledger_refusal(config(real_study, ledger_url=ledger_url))
     assert (told is not None) == refused
+
+
+def test_a_private_gate_has_accounts_even_in_a_run_without_privacy(real_study: dict) -> None:
+    real_study["storage"] = {"url": "s3://shared/study"}
+    assert shared_ledger_refusal(config(real_study, mode="none")) is None
+    real_study["evaluation"] = {"gate_data": "private"}
+    assert shared_ledger_refusal(config(real_study, mode="none")) is not None
+    assert len(missing_precautions(config(real_study, mode="none"))) >= 1
 
 
 def test_the_plan_refuses_before_anything_is_written(real_study: dict, tmp_path: Path) -> None:
