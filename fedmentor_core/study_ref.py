@@ -1,16 +1,19 @@
 """A study by reference, and the output folder that belongs to it."""
 
 import json
+import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 from fedmentor_core import __version__
-from fedmentor_core.config import StudyConfig
+from fedmentor_core.config import StorageConfig, StudyConfig
 from fedmentor_core.config_io import config_sha256
-from fedmentor_core.errors import OutputExistsError
+from fedmentor_core.errors import ConfigError, OutputExistsError
 from fedmentor_core.records import Record
 
 MARKER = "study.json"
+STORE_VARIABLE = "FEDMENTOR_STORE_URL"
 
 
 class StudyRef(Record):
@@ -34,14 +37,19 @@ class StudyRef(Record):
 def find_study(config: StudyConfig, out_dir: str | Path) -> StudyRef:
     """The study that ``out_dir`` holds, or a new one for it. Writes nothing.
 
+    Where the configuration names no store, a new study's is that of FEDMENTOR_STORE_URL, if a worker has it, and else
+    in ``out_dir``; a study that is there keeps the one it started with.
+
     Raises:
+        ConfigError: FEDMENTOR_STORE_URL is no store's URL.
         OutputExistsError: the folder already holds another study.
     """
     out = Path(out_dir).resolve()
-    marker = out / MARKER
     digest = config_sha256(config)
-    if marker.is_file():
-        found = json.loads(marker.read_text(encoding="utf-8"))
+    found = _read_marker(out)
+    if config.storage.url is None:
+        config = _with_store(config, os.environ.get(STORE_VARIABLE) if found is None else found.get("store_url"))
+    if found is not None:
         if found.get("config_sha256") != digest:
             raise OutputExistsError(
                 f"output folder {out_dir} already holds study {found.get('study')!r} with another configuration "
@@ -69,6 +77,8 @@ def claim_study(ref: StudyRef) -> None:
         "study": ref.config.name,
         "run_id": ref.run_id,
         "config_sha256": ref.config_sha256,
+        "store_url": ref.config.storage.url,
+        "ledger_url": ref.config.privacy.ledger_url,
         "fedmentor": __version__,
     }
     try:
@@ -86,3 +96,34 @@ def open_study(config: StudyConfig, out_dir: str | Path) -> StudyRef:
     ref = find_study(config, out_dir)
     claim_study(ref)
     return ref
+
+
+def ledgers_url(out_dir: str | Path) -> str:
+    """Store URL of the ledgers that a study's output folder charged.
+
+    Raises:
+        ConfigError: the folder holds no study.
+    """
+    out = Path(out_dir).resolve()
+    found = _read_marker(out)
+    if found is None:
+        raise ConfigError(f"{out_dir} holds no study. Give a study's output folder, or --store URL.")
+    return str(found.get("ledger_url") or found.get("store_url") or (out / "store").as_uri())
+
+
+def _read_marker(out: Path) -> dict[str, Any] | None:
+    marker = out / MARKER
+    if not marker.is_file():
+        return None
+    found: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
+    return found
+
+
+def _with_store(config: StudyConfig, url: str | None) -> StudyConfig:
+    if not url:
+        return config
+    try:
+        storage = StorageConfig.model_validate({**config.storage.model_dump(), "url": url})
+    except ValueError:
+        raise ConfigError(f"{STORE_VARIABLE} must be file:///path or s3://bucket/prefix, got {url!r}.") from None
+    return config.model_copy(update={"storage": storage})

@@ -73,8 +73,15 @@ class S3Client:
         self.patience = patience
 
     @classmethod
-    def connect(cls, bucket: str, settings: StorageConfig) -> "S3Client":
+    def connect(
+        cls, bucket: str, settings: StorageConfig, credentials: tuple[str, str] | None = None
+    ) -> "S3Client":
         """Make the boto3 client. Sends nothing yet.
+
+        Args:
+            bucket: its name.
+            settings: endpoint, time-outs, retries.
+            credentials: access key and secret key; default: what boto3 finds in the environment.
 
         Raises:
             StorageError: the endpoint, or a profile that the environment names, cannot be used.
@@ -94,7 +101,9 @@ class S3Client:
             response_checksum_validation=settings.checksum_mode,
         )
         try:
-            boto = boto3.session.Session().client(
+            access_key, secret_key = credentials or (None, None)
+            session = boto3.session.Session(aws_access_key_id=access_key, aws_secret_access_key=secret_key)
+            boto = session.client(
                 "s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config
             )
         except (BotoCoreError, ValueError) as error:
@@ -182,6 +191,19 @@ class S3Client:
     def _refused(self, what: str, code: str) -> StorageError:
         advice = _ADVICE.get(code, _USUAL_ADVICE)
         return StorageError(f"cannot {what} in bucket {self.bucket} at {self.endpoint}: {code}. {advice}")
+
+
+def create_bucket(bucket: str, settings: StorageConfig, *, access_key: str, secret_key: str) -> None:
+    """Create a bucket where it is missing.
+
+    Raises:
+        StorageError: the server refused, or did not answer before the deadline.
+    """
+    client = S3Client.connect(bucket, settings, (access_key, secret_key))
+    try:
+        client.call("find the bucket", "head_bucket")
+    except MissingError:
+        client.call("create the bucket", "create_bucket")
 
 
 def clock_skew_seconds(response: Any) -> float | None:

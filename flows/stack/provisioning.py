@@ -4,13 +4,14 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
 import yaml
 
-from fedmentor_core.errors import ConfigError
+from fedmentor_core.config import StorageConfig
+from fedmentor_core.errors import ConfigError, StorageError
 from flows.stack.health import PrefectApi
 from flows.stack.services import process_env
 from flows.stack.settings import POSTGRES_VARIABLE, StackError, StackSettings
@@ -59,15 +60,27 @@ def make_databases(settings: StackSettings, url: str) -> None:
         connection.close()
 
 
-def make_bucket(settings: StackSettings) -> None:
-    """Create the bucket on the stack's own S3 server, which asks for no signature.
+def make_bucket(settings: StackSettings, credentials: Mapping[str, str]) -> None:
+    """Create the bucket on the stack's own S3-compatible server.
+
+    Args:
+        settings: of the stack.
+        credentials: AWS variables of the server's own identity.
 
     Raises:
         StackError: the server refused.
     """
-    answer = httpx.put(f"{settings.s3_url}/{settings.s3_bucket}", timeout=30.0, trust_env=False)
-    if answer.is_error and answer.status_code != httpx.codes.CONFLICT:
-        raise StackError(f"the S3 server refused to create bucket {settings.s3_bucket}: {answer.status_code}.")
+    from fedmentor_core.storage.s3_client import create_bucket
+
+    try:
+        create_bucket(
+            settings.s3_bucket,
+            StorageConfig(endpoint_url=settings.s3_url, deadline_seconds=60.0),
+            access_key=credentials["AWS_ACCESS_KEY_ID"],
+            secret_key=credentials["AWS_SECRET_ACCESS_KEY"],
+        )
+    except StorageError as error:
+        raise StackError(str(error)) from None
 
 
 def make_work_pools(settings: StackSettings) -> None:

@@ -3,11 +3,11 @@
 import os
 import sys
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from fedmentor_core.errors import ConfigError
+from flows.stack.object_store import ObjectStore
 from flows.stack.settings import (
     HOST,
     POSTGRES_VARIABLE,
@@ -48,11 +48,10 @@ class Service:
     command: tuple[str, ...]
     env: dict[str, str] = field(repr=False)
     url: str | None = None
-    port: int | None = None
+    ports: tuple[int, ...] = ()
     port_option: str = ""
     pool: str | None = None
-    note: str = ""
-    env_file: Path | None = None
+    env_files: tuple[Path, ...] = ()
 
     @property
     def is_worker(self) -> bool:
@@ -60,12 +59,15 @@ class Service:
         return self.pool is not None
 
     def environment(self) -> dict[str, str]:
-        """All its variables, those of ``env_file`` too: they are read when it starts, and never kept or shown.
+        """All its variables, those of ``env_files`` too: they are read when it starts, and never kept or shown.
 
         Raises:
-            ConfigError: the file cannot be read, or a line is no NAME=VALUE; the line is not quoted.
+            ConfigError: a file cannot be read, or a line is no NAME=VALUE; the line is not quoted.
         """
-        return self.env if self.env_file is None else self.env | _read_env_file(self.env_file)
+        merged = dict(self.env)
+        for path in self.env_files:
+            merged |= _read_env_file(path)
+        return merged
 
 
 def services(settings: StackSettings, folder: StackFolder, postgres: str | None) -> tuple[Service, ...]:
@@ -77,18 +79,17 @@ def services(settings: StackSettings, folder: StackFolder, postgres: str | None)
         postgres: URL of the PostgreSQL server, where that is the database and one of the servers must start.
     """
     servers = [_prefect(settings, folder, postgres), _mlflow(settings, folder, postgres)]
-    if settings.s3_endpoint is None:
+    if settings.starts_s3:
         servers.append(_s3(settings, folder))
     return (*servers, _worker(settings, folder, None), *(_worker(settings, folder, site) for site in settings.sites))
 
 
 def client_env(settings: StackSettings) -> dict[str, str]:
     """Variables that point a program at the stack; they hold no secret."""
-    return {
-        "PREFECT_API_URL": settings.prefect_api_url,
-        "MLFLOW_TRACKING_URI": settings.mlflow_url,
-        "AWS_ENDPOINT_URL_S3": settings.s3_url,
-    }
+    found = {"PREFECT_API_URL": settings.prefect_api_url, "MLFLOW_TRACKING_URI": settings.mlflow_url}
+    if settings.s3_url is not None:
+        found["AWS_ENDPOINT_URL_S3"] = settings.s3_url
+    return found
 
 
 def process_env(settings: StackSettings, prefect_home: Path) -> dict[str, str]:
@@ -109,17 +110,9 @@ def process_env(settings: StackSettings, prefect_home: Path) -> dict[str, str]:
     }
 
 
-def require_s3_server(settings: StackSettings) -> None:
-    """Refuse to plan an S3 server that is not installed.
-
-    Raises:
-        ConfigError: ``moto`` is missing and no ``s3_endpoint`` is set.
-    """
-    if settings.s3_endpoint is None and (find_spec("moto") is None or find_spec("flask") is None):
-        raise ConfigError(
-            "the S3-compatible test server is not installed. Run: pip install 'fedmentor[stack]', "
-            "or name a server that runs already with --s3-endpoint URL."
-        )
+def object_store(settings: StackSettings, folder: StackFolder) -> ObjectStore:
+    """The stack's own S3-compatible server."""
+    return ObjectStore(folder.data / "s3", settings)
 
 
 def _read_env_file(path: Path) -> dict[str, str]:
@@ -159,7 +152,7 @@ def _prefect(settings: StackSettings, folder: StackFolder, postgres: str | None)
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{page},http://localhost:{settings.prefect_port}",
         },
         url=page,
-        port=settings.prefect_port,
+        ports=(settings.prefect_port,),
         port_option="--prefect-port",
     )  # fmt: skip
 
@@ -182,7 +175,7 @@ def _mlflow(settings: StackSettings, folder: StackFolder, postgres: str | None) 
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # judges and optimisers, which we do not use
         },
         url=settings.mlflow_url,
-        port=port,
+        ports=(port,),
         port_option="--mlflow-port",
     )  # fmt: skip
 
@@ -190,12 +183,11 @@ def _mlflow(settings: StackSettings, folder: StackFolder, postgres: str | None) 
 def _s3(settings: StackSettings, folder: StackFolder) -> Service:
     return Service(
         name=S3,
-        command=(sys.executable, "-m", "moto.server", "-H", HOST, "-p", str(settings.s3_port)),
-        env=process_env(settings, folder.data / "s3") | {"MOTO_DISABLE_GLOBAL_CORS": "true"},  # no web page may read it
+        command=object_store(settings, folder).command(),
+        env=process_env(settings, folder.data / "s3"),
         url=settings.s3_url,
-        port=settings.s3_port,
+        ports=settings.s3_ports,
         port_option="--s3-port",
-        note="answers; forgets at stop",
     )
 
 
@@ -204,9 +196,12 @@ def _worker(settings: StackSettings, folder: StackFolder, site: SiteSettings | N
     pool = SERVER_POOL if site is None else site.name
     env = process_env(settings, folder.data / "workers" / pool)
     env["FEDMENTOR_STORE_URL"] = _store(settings, folder, site)
-    if settings.s3_endpoint is None:
-        env |= {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_DEFAULT_REGION": "us-east-1"}
+    env_files = []
+    if settings.starts_s3:
+        env_files.append(object_store(settings, folder).credentials_file(pool))
     if site is not None:
+        if site.env_file is not None:
+            env_files.append(site.env_file)
         env |= {"FEDMENTOR_SITE": site.name, **site.env}
         if site.site_file is not None:
             env["FEDMENTOR_SITE_FILE"] = str(site.site_file.resolve())
@@ -220,14 +215,14 @@ def _worker(settings: StackSettings, folder: StackFolder, site: SiteSettings | N
         ),
         env=env,
         pool=pool,
-        env_file=None if site is None else site.env_file,
+        env_files=tuple(env_files),
     )  # fmt: skip
 
 
 def _store(settings: StackSettings, folder: StackFolder, site: SiteSettings | None) -> str:
-    """A store of its own for each site. Never on the test server, which forgets: a ledger must outlive a restart."""
-    place = "server" if site is None else f"sites/{site.name}"
-    if settings.s3_endpoint is not None:
+    """A store of its own for each site."""
+    place = SERVER_POOL if site is None else f"sites/{site.name}"
+    if settings.store == "s3":
         return f"s3://{settings.s3_bucket}/{place}"
     return (folder.data / "store" / place).as_uri()
 

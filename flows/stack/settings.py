@@ -48,7 +48,12 @@ class StackSettings(BaseModel):
 
     prefect_port: Port = Field(default=4200, description="Prefect's API and pages.")
     mlflow_port: Port = Field(default=5000, description="MLflow's API and pages.")
-    s3_port: Port = Field(default=9000, description="The S3-compatible test server that the stack starts.")
+    store: Literal["s3", "folder"] = Field(
+        default="s3", description="Where artifacts go: the S3-compatible server, or folders below the stack's own."
+    )
+    s3_port: Annotated[int, Field(ge=1, le=65528)] = Field(
+        default=9000, description="The stack's S3-compatible server; its parts take the seven ports that follow."
+    )
     s3_endpoint: str | None = Field(
         default=None,
         pattern=r"^https?://[^/@]+/?$",
@@ -66,9 +71,14 @@ class StackSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        ports = [self.prefect_port, self.mlflow_port] + ([] if self.s3_endpoint else [self.s3_port])
+        ports = [self.prefect_port, self.mlflow_port, *self.s3_ports]
         if len(set(ports)) < len(ports):
-            raise ValueError(f"prefect_port, mlflow_port and s3_port must differ; got {ports}")
+            raise ValueError(
+                "prefect_port, mlflow_port and s3_port to s3_port + 7 must differ; got "
+                f"{self.prefect_port}, {self.mlflow_port} and {self.s3_port}"
+            )
+        if self.store == "folder" and self.s3_endpoint is not None:
+            raise ValueError("s3_endpoint goes with store 's3'; got store 'folder'")
         names = [site.name for site in self.sites]
         if len(set(names)) < len(names):
             raise ValueError(f"each site once; got {names}")
@@ -78,6 +88,16 @@ class StackSettings(BaseModel):
     def pools(self) -> tuple[str, ...]:
         """Work pools, the server's own first."""
         return (SERVER_POOL, *(site.name for site in self.sites))
+
+    @property
+    def starts_s3(self) -> bool:
+        """Whether the stack runs an S3-compatible server of its own."""
+        return self.store == "s3" and self.s3_endpoint is None
+
+    @property
+    def s3_ports(self) -> tuple[int, ...]:
+        """Ports of the stack's own S3-compatible server, the one that answers S3 first."""
+        return tuple(range(self.s3_port, self.s3_port + 8)) if self.starts_s3 else ()
 
     @property
     def prefect_api_url(self) -> str:
@@ -90,8 +110,10 @@ class StackSettings(BaseModel):
         return f"http://{HOST}:{self.mlflow_port}"
 
     @property
-    def s3_url(self) -> str:
-        """The S3-compatible endpoint, the stack's own or the one that was given."""
+    def s3_url(self) -> str | None:
+        """The S3-compatible endpoint, the stack's own or the one that was given; None where artifacts go to folders."""
+        if self.store == "folder":
+            return None
         return (self.s3_endpoint or f"http://{HOST}:{self.s3_port}").rstrip("/")
 
 

@@ -26,7 +26,9 @@ def print_status(status: StackStatus) -> None:
     if status.healthy:
         console.print(
             f"\nexport PREFECT_API_URL={status.prefect_api_url}"
-            f"\nexport MLFLOW_TRACKING_URI={status.mlflow_tracking_uri}",
+            f"\nexport MLFLOW_TRACKING_URI={status.mlflow_tracking_uri}"
+            + (f"\nexport AWS_ENDPOINT_URL_S3={status.s3_endpoint_url}" if status.s3_endpoint_url else "")
+            + (f"\nset -a; . {status.s3_credentials_file}; set +a" if status.s3_credentials_file else ""),
             soft_wrap=True,
             highlight=False,
         )

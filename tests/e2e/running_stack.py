@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -24,12 +25,28 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def free_block(count: int = 8) -> int:
+    """The first of ``count`` ports in a row that nobody listens on now, below those that the system hands out."""
+    for first in random.SystemRandom().sample(range(15_000, 30_000, count), 200):
+        held = [socket.socket() for _ in range(count)]
+        try:
+            for offset, one in enumerate(held):
+                one.bind(("127.0.0.1", first + offset))
+            return first
+        except OSError:
+            continue
+        finally:
+            for one in held:
+                one.close()
+    raise RuntimeError("no free ports in a row")
+
+
 @dataclass
 class RunningStack:
     """One stack folder with ports of its own."""
 
     folder: Path
-    ports: list[int] = field(default_factory=lambda: free_ports(3))
+    ports: list[int] = field(default_factory=lambda: [*free_ports(2), free_block()])
     env: dict[str, str] = field(default_factory=dict)
 
     def command(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,9 @@
 
 import signal
 import socket
+import stat
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,10 @@ import httpx
 import psutil
 import pytest
 from running_stack import RunningStack
+
+from fedmentor_core.config import StorageConfig
+from fedmentor_core.errors import StorageError
+from fedmentor_core.storage.s3_client import S3Client
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +56,7 @@ def test_everything_answers_and_the_deployments_are_there(stack):
     assert all(Path(row["log"]).is_file() for row in status["services"])
 
     answer = httpx.get(f"{status['s3_endpoint_url']}/fedmentor", timeout=30)
-    assert answer.status_code == 200
+    assert answer.status_code == 403  # there, and not for whoever asks
     page = httpx.get(f"http://127.0.0.1:{stack.ports[0]}/ui-settings", timeout=30).json()
     assert page["api_url"] == status["prefect_api_url"]
 
@@ -84,12 +90,55 @@ def test_each_worker_knows_only_its_own_site(stack):
     assert "swordfish" not in (stack.folder / "stack.json").read_text()
 
 
+def credentials_of(stack: RunningStack, pool: str) -> dict[str, str]:
+    lines = (stack.folder / "data" / "s3" / f"{pool}.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines)
+
+
+def bucket_as(stack: RunningStack, pool: str) -> S3Client:
+    found = credentials_of(stack, pool)
+    settings = StorageConfig(endpoint_url=f"http://127.0.0.1:{stack.ports[2]}", deadline_seconds=60)
+    return S3Client.connect("fedmentor", settings, (found["AWS_ACCESS_KEY_ID"], found["AWS_SECRET_ACCESS_KEY"]))
+
+
+def test_a_site_writes_below_its_own_prefix_and_reads_no_other_sites(stack):
+    server, site = bucket_as(stack, "server"), bucket_as(stack, "site-a")
+    server.call("write", "put_object", Key="server/x", Body=b"from the server")
+    server.call("write", "put_object", Key="sites/site-b/x", Body=b"of site b")
+    site.call("write", "put_object", Key="sites/site-a/x", Body=b"of site a", IfNoneMatch="*")
+    assert site.call("read", "get_object", Key="server/x")["Body"].read() == b"from the server"
+    assert server.call("read", "get_object", Key="sites/site-a/x")["Body"].read() == b"of site a"
+    for what, operation, parameters in (
+        ("write", "put_object", {"Key": "server/y", "Body": b""}),
+        ("write", "put_object", {"Key": "sites/site-b/y", "Body": b""}),
+        ("write", "put_object", {"Key": "sites/site-ab/y", "Body": b""}),
+        ("read", "get_object", {"Key": "sites/site-b/x"}),
+        ("delete", "delete_object", {"Key": "server/x"}),
+        ("list", "list_objects_v2", {"Prefix": "sites/site-b/"}),
+    ):
+        with pytest.raises(StorageError, match="AccessDenied"):
+            site.call(what, operation, **parameters)
+    assert stat.S_IMODE((stack.folder / "data" / "s3" / "site-a.env").stat().st_mode) == 0o600
+    assert credentials_of(stack, "site-a")["AWS_SECRET_ACCESS_KEY"] not in (stack.folder / "stack.json").read_text()
+
+
+def test_the_doctor_finds_all_we_rely_on_in_the_stacks_store(stack):
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "doctor", "--store", "s3://fedmentor/server", "--json",
+         "--endpoint-url", f"http://127.0.0.1:{stack.ports[2]}"],
+        env={**stack.environment(), **credentials_of(stack, "server")}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_telemetry_is_off_everywhere(stack):
     for service in stack.remembered()["services"]:
         environment = environment_of(stack, service)
         assert environment["DO_NOT_TRACK"] == "1"
         assert environment["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
         assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    store = psutil.Process(stack.remembered()["services"]["s3"]["pid"])
+    assert "-master.telemetry=false" in store.cmdline()
     pages = f"http://127.0.0.1:{stack.ports[1]}/ajax-api/3.0/mlflow/ui-telemetry"
     assert httpx.get(pages, timeout=30).json()["disable_ui_telemetry"] is True
     assert httpx.post(pages, json={"records": []}, timeout=30).json() == {"status": "disabled"}
@@ -166,11 +215,14 @@ def test_killed_servers_are_noticed_and_mended_and_the_rest_left_alone(stack):
     assert status["workers_online"] == [], "nobody can tell without Prefect"
     assert status["deployments"] == []
 
+    psutil.Process(services["s3"]["pid"]).kill()
     mending = stack.command("up")
     assert mending.returncode == 0, mending.stderr
     mended = stack.remembered()["services"]
-    assert {name for name in services if mended[name] != services[name]} == {"mlflow", "prefect"}
+    assert {name for name in services if mended[name] != services[name]} == {"mlflow", "prefect", "s3"}
     assert stack.status()["healthy"]
+    kept = bucket_as(stack, "site-a").call("read", "get_object", Key="sites/site-a/x")["Body"].read()
+    assert kept == b"of site a", "the store keeps what it holds when it is killed"
 
 
 def test_down_leaves_no_process_and_keeps_the_data(stack):

@@ -17,7 +17,7 @@ from fedmentor_core.errors import ConfigError
 from flows.stack import processes
 from flows.stack.interruption import Interruptions
 from flows.stack.provisioning import POOL_TEMPLATE
-from flows.stack.services import process_env, services
+from flows.stack.services import object_store, process_env, services
 from flows.stack.settings import (
     SiteSettings,
     StackError,
@@ -116,6 +116,10 @@ def test_state_survives_a_round_trip_and_rubbish_is_named(tmp_path):
         {"prefect_port": 5000},
         {"host": "0.0.0.0"},
         {"database": "mysql"},
+        {"s3_port": 65_530},
+        {"s3_port": 4195},
+        {"store": "tape"},
+        {"store": "folder", "s3_endpoint": "https://objects.example"},
         {"s3_endpoint": "http://user:password@host"},
         {"sites": [{"name": "server"}]},
         {"sites": [{"name": "a"}, {"name": "a"}]},
@@ -172,7 +176,7 @@ def test_processes_do_not_inherit_what_belongs_to_others(tmp_path, monkeypatch):
 
 def test_env_files_are_read_and_their_content_never_quoted(tmp_path):
     file = tmp_path / "env"
-    settings = StackSettings(sites=(SiteSettings(name="a", env_file=file),))
+    settings = StackSettings(store="folder", sites=(SiteSettings(name="a", env_file=file),))
     file.write_text("# remark\n\nKEY = a=b\n")
     worker = services(settings, StackFolder(tmp_path), None)[-1]
     assert worker.environment()["KEY"] == "a=b"
@@ -190,6 +194,31 @@ def test_an_own_s3_server_starts_nothing_and_gives_each_site_its_prefix(tmp_path
     assert made["worker-a"].env["FEDMENTOR_STORE_URL"] == "s3://fedmentor/sites/a"
     assert made["worker-a"].env["AWS_ENDPOINT_URL_S3"] == "https://objects.example"
     assert made["worker-a"].env.get("AWS_ACCESS_KEY_ID") == os.environ.get("AWS_ACCESS_KEY_ID")
+
+
+def test_artifacts_may_stay_in_folders(tmp_path):
+    settings = StackSettings(store="folder", sites=(SiteSettings(name="a"),))
+    made = {service.name: service for service in services(settings, StackFolder(tmp_path), None)}
+    assert "s3" not in made
+    assert made["worker-a"].env["FEDMENTOR_STORE_URL"] == (tmp_path / "data/store/sites/a").as_uri()
+    assert "AWS_ENDPOINT_URL_S3" not in made["worker-a"].env
+
+
+def test_each_pool_has_credentials_of_its_own_that_stay(tmp_path):
+    store = object_store(StackSettings(sites=(SiteSettings(name="a"),)), StackFolder(tmp_path))
+    store.prepare()
+    before = {pool: store.read_credentials(pool) for pool in ("server", "a")}
+    wider = object_store(
+        StackSettings(sites=(SiteSettings(name="a"), SiteSettings(name="b"))), StackFolder(tmp_path)
+    )
+    wider.prepare()
+    assert {pool: wider.read_credentials(pool) for pool in ("server", "a")} == before
+    identities = json.loads((wider.home / "identities.json").read_text())["identities"]
+    assert [one["name"] for one in identities] == ["server", "a", "b"]
+    secrets = [one["credentials"][0]["secretKey"] for one in identities]
+    assert len(set(secrets)) == 3
+    assert not [path for path in wider.home.glob("*.*") if path.is_file() and path.stat().st_mode & 0o077]
+    assert not [secret for secret in secrets if secret in " ".join(wider.command())]
 
 
 @pytest.mark.slow

@@ -1,17 +1,28 @@
 """A real S3 endpoint over TCP, a proxy that spoils requests to it, and stores on both."""
 
 import itertools
+import random
+import socket
+import subprocess
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import boto3
+import httpx
 import pytest
 from fault_proxy import SECRET, FaultProxy
 from moto.server import ThreadedMotoServer
 
 from fedmentor_core.config import StorageConfig
 from fedmentor_core.storage.base import ArtifactStore, open_store
+from flows.stack.object_store import INNER_PORTS
+from flows.stack.services import object_store
+from flows.stack.settings import StackSettings
+from flows.stack.state import StackFolder
 
 _numbers = itertools.count()
 
@@ -23,6 +34,51 @@ def s3_endpoint() -> Iterator[str]:
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
     server.stop()
+
+
+@dataclass(frozen=True)
+class SeaweedFS:
+    """The S3-compatible server that 'fedmentor up' starts."""
+
+    endpoint: str
+    credentials: dict[str, str]
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    folder = StackFolder(tmp_path_factory.mktemp("seaweedfs"))
+    store = object_store(StackSettings(s3_port=_ports_in_a_row(1 + INNER_PORTS)), folder)
+    store.prepare()
+    endpoint = f"http://127.0.0.1:{store.settings.s3_port}"
+    log = (folder.path / "log").open("wb")
+    server = subprocess.Popen(store.command(), stdout=log, stderr=subprocess.STDOUT, cwd=store.home)
+    try:
+        for _ in range(240):
+            with suppress(httpx.HTTPError):
+                if httpx.get(f"{endpoint}/healthz", trust_env=False).is_success:
+                    break
+            assert server.poll() is None, (folder.path / "log").read_text()[-2000:]
+            time.sleep(0.5)
+        yield SeaweedFS(endpoint, store.read_credentials("server"))
+    finally:
+        server.kill()
+        server.wait()
+        log.close()
+
+
+def _ports_in_a_row(count: int) -> int:
+    for first in random.SystemRandom().sample(range(10_000, 15_000, count), 200):
+        held = [socket.socket() for _ in range(count)]
+        try:
+            for offset, one in enumerate(held):
+                one.bind(("127.0.0.1", first + offset))
+            return first
+        except OSError:
+            continue
+        finally:
+            for one in held:
+                one.close()
+    raise RuntimeError("no free ports in a row")
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,14 @@
-"""One contract for all stores: a directory, S3 over real TCP against moto's server, and both encrypted."""
+"""One contract for all stores: a directory, S3 over real TCP on two servers, and both encrypted."""
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 
 from fedmentor_core.config import StorageConfig
@@ -22,6 +24,7 @@ from fedmentor_core.records import ArtifactRef
 from fedmentor_core.storage.base import ArtifactStore, Pointer, open_store
 
 MIB = 2**20
+_numbers = itertools.count()
 
 
 class Place:
@@ -36,7 +39,7 @@ class Place:
         self.encrypted = encrypted
 
 
-@pytest.fixture(params=["file", "s3", "file encrypted", "s3 encrypted"])
+@pytest.fixture(params=["file", "s3", "seaweedfs", "file encrypted", "s3 encrypted"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     encrypted = "encrypted" in request.param
     key_file = str(request.getfixturevalue("key_file")) if encrypted else None
@@ -46,9 +49,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
         return Place(
             lambda: open_store(root.as_uri(), settings), lambda key, data: (root / key).write_bytes(data), encrypted
         )
-    raw, bucket = request.getfixturevalue("raw"), request.getfixturevalue("bucket")
+    raw, bucket, endpoint = _server(request)
     settings = StorageConfig(
-        endpoint_url=request.getfixturevalue("s3_endpoint"),
+        endpoint_url=endpoint,
         encryption_key_file=key_file,
         multipart_threshold_bytes=5 * MIB,
         multipart_part_bytes=5 * MIB,
@@ -59,6 +62,21 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
         raw.put_object(Bucket=bucket, Key=f"some/prefix/{key}", Body=data, Metadata=kept)
 
     return Place(lambda: open_store(f"s3://{bucket}/some/prefix", settings), spoil, encrypted)
+
+
+def _server(request: pytest.FixtureRequest) -> tuple[Any, str, str]:
+    """A boto3 client, a new bucket and the endpoint: on moto's server, or on SeaweedFS with its own credentials."""
+    if request.param != "seaweedfs":
+        return tuple(request.getfixturevalue(name) for name in ("raw", "bucket", "s3_endpoint"))
+    server = request.getfixturevalue("seaweedfs")
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    request.getfixturevalue("_credentials")
+    for name, value in server.credentials.items():
+        monkeypatch.setenv(name, value)
+    raw = boto3.session.Session().client("s3", endpoint_url=server.endpoint)
+    bucket = f"bucket-{next(_numbers)}"
+    raw.create_bucket(Bucket=bucket)
+    return raw, bucket, server.endpoint
 
 
 @pytest.fixture
