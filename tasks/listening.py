@@ -4,6 +4,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from prefect import get_run_logger
+
 from fedmentor_core.errors import FedMentorError
 from fedmentor_core.progress import Listener, ProgressEvent, silent
 
@@ -41,3 +43,11 @@ def tell(event: ProgressEvent) -> None:
     if _stop.is_set():
         raise InterruptedByUserError("interrupted. Run the same command again to resume.")
     _listener(event)
+
+
+def tell_and_log(event: ProgressEvent) -> None:
+    """``tell``, and a line in the flow run's log for each step of the study, so that Prefect's page shows the story."""
+    tell(event)
+    if event.message and event.domain is None:
+        where = "" if event.round_index is None else f"round {event.round_index + 1} of {event.n_rounds}: "
+        get_run_logger().info("%s%s", where, event.message)

@@ -32,7 +32,7 @@ class ObjectStore:
         return (
             str(_program() or "weed"), "server", f"-dir={self.home / 'data'}", f"-ip={HOST}", f"-ip.bind={HOST}",
             "-master.telemetry=false", f"-master.port={port + 1}", f"-master.port.grpc={port + 2}",
-            "-master.volumeSizeLimitMB=1024", "-volume.max=0", f"-volume.port={port + 3}",
+            "-master.volumeSizeLimitMB=256", "-volume.max=0", f"-volume.port={port + 3}",
             f"-volume.port.grpc={port + 4}", "-filer", f"-filer.port={port + 5}", f"-filer.port.grpc={port + 6}",
             "-filer.disableHttp", f"-filer.localSocket={self.home / 'filer.sock'}", f"-filer.allowedOrigins={origin}",
             "-s3", f"-s3.port={port}", f"-s3.port.grpc={port + 7}", "-s3.port.iceberg=0", "-s3.port.lance=0",

@@ -50,6 +50,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
             lambda: open_store(root.as_uri(), settings), lambda key, data: (root / key).write_bytes(data), encrypted
         )
     raw, bucket, endpoint = _server(request)
+    prefix = f"some/prefix-{next(_numbers)}"
     settings = StorageConfig(
         endpoint_url=endpoint,
         encryption_key_file=key_file,
@@ -58,10 +59,10 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     )
 
     def spoil(key: str, data: bytes) -> None:
-        kept = raw.head_object(Bucket=bucket, Key=f"some/prefix/{key}")["Metadata"]
-        raw.put_object(Bucket=bucket, Key=f"some/prefix/{key}", Body=data, Metadata=kept)
+        kept = raw.head_object(Bucket=bucket, Key=f"{prefix}/{key}")["Metadata"]
+        raw.put_object(Bucket=bucket, Key=f"{prefix}/{key}", Body=data, Metadata=kept)
 
-    return Place(lambda: open_store(f"s3://{bucket}/some/prefix", settings), spoil, encrypted)
+    return Place(lambda: open_store(f"s3://{bucket}/{prefix}", settings), spoil, encrypted)
 
 
 def _server(request: pytest.FixtureRequest) -> tuple[Any, str, str]:
@@ -74,9 +75,9 @@ def _server(request: pytest.FixtureRequest) -> tuple[Any, str, str]:
     for name, value in server.credentials.items():
         monkeypatch.setenv(name, value)
     raw = boto3.session.Session().client("s3", endpoint_url=server.endpoint)
-    bucket = f"bucket-{next(_numbers)}"
-    raw.create_bucket(Bucket=bucket)
-    return raw, bucket, server.endpoint
+    if "contract" not in {one["Name"] for one in raw.list_buckets()["Buckets"]}:
+        raw.create_bucket(Bucket="contract")  # one for all: SeaweedFS sets seven volumes aside for each
+    return raw, "contract", server.endpoint
 
 
 @pytest.fixture
