@@ -14,12 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 from fedmentor_core.data.sources import DataConfig, Source
 from fedmentor_core.errors import ConfigError
 from fedmentor_core.evaluation.scorers_config import BertScoreConfig, ToxicityConfig
+from fedmentor_core.records import UNRELEASED_METRICS
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Sensitivity = Literal["low", "medium", "high"]
 UTILITY_METRICS = ("bertscore_f1", "rouge_l", "label_f1")
 SAFETY_METRICS = ("safe_rate", "toxicity_mean", "toxicity_max", "empty_rate")
-Metric = Literal["bertscore_f1", "rouge_l", "label_f1", "safe_rate", "toxicity_mean", "toxicity_max", "empty_rate"]
+TrainedFactors = Literal["b", "both", "alternate", "core"]
+Metric = Literal[
+    "bertscore_f1", "bertscore_f1_raw", "bertscore_f1_rescaled", "rouge_l", "label_f1", "perplexity", "safe_rate",
+    "toxicity_mean", "toxicity_max", "toxicity_rate_05", "toxicity_rate_07", "refusal_rate", "repetition_rate",
+    "empty_rate",
+]  # fmt: skip
 
 
 class Section(BaseModel):
@@ -50,9 +56,12 @@ class BackboneConfig(Section):
 
 
 class AdapterConfig(Section):
-    """LoRA. Under privacy the default is FFA-LoRA: A frozen and shared, B trained (arXiv 2403.12313)."""
+    """LoRA. Under privacy the default is FFA-LoRA: A frozen and shared, B trained (arXiv 2403.12313).
 
-    rank: int = Field(default=8, ge=1, le=256, description="LoRA rank r.")
+    A study's rank is seldom above 64; a registered adapter that stands for a corrected base may have a large one.
+    """
+
+    rank: int = Field(default=8, ge=1, le=8192, description="LoRA rank r.")
     alpha: float = Field(default=16.0, gt=0, le=1024, description="LoRA scale numerator; scale = alpha / rank.")
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear", description="'all-linear' or names of linear modules, such as [q_proj, v_proj]."
@@ -62,7 +71,40 @@ class AdapterConfig(Section):
         ge=1,
         description="Adapt only the last k layers: a shorter backward pass and less to noise; default: all.",
     )
-    train: Literal["b", "both"] = Field(default="b", description="'b': FFA-LoRA, averages exactly; 'both': A and B.")
+    train: TrainedFactors = Field(
+        default="b",
+        description="What clients train and send. 'b': B alone (FFA-LoRA); 'both': A and B; 'alternate': B in even "
+        "rounds and A in odd ones (RoLoRA); 'core': an r x r matrix between frozen A and B (Fed-SB). All but 'both' "
+        "average exactly.",
+    )
+    core_init: Literal["random", "weights"] = Field(
+        default="random",
+        description="The frozen factors around a core: random orthonormal ones, or the main singular directions of "
+        "each weight matrix.",
+    )
+    start_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder of an adapter that all clients start from, in peft's layout. It must be public or have "
+        "been released under privacy. Needs start_sha256.",
+    )
+    start_sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{64}$", description="Digest of its adapter_model.safetensors."
+    )
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by: alpha / rank."""
+        return self.alpha / self.rank
+
+    @model_validator(mode="after")
+    def _pinned_start(self) -> Self:
+        if self.start_from is not None and self.start_sha256 is None:
+            raise ValueError(
+                "start_from needs start_sha256, the sha256 of its adapter_model.safetensors, so that all clients and "
+                "every resume start from the same weights"
+            )
+        return self
 
     @field_validator("target_modules")
     @classmethod
@@ -110,6 +152,9 @@ class DomainConfig(Section):
     )
     validation_epsilon: float | None = Field(
         default=None, gt=0, le=100, description="Overrides evaluation.private.epsilon for this domain."
+    )
+    rank: int | None = Field(
+        default=None, ge=1, description="This client's own LoRA rank, below adapter.rank; needs a rule such as 'svd'."
     )
 
     @model_validator(mode="after")
@@ -263,18 +308,54 @@ class AdaptationConfig(Section):
 
 
 class AggregationConfig(Section):
-    """How the server joins the clients' noised updates."""
+    """How the server joins the clients' noised updates. It is post-processing, so nothing of it costs privacy."""
 
-    rule: Literal["fedavg"] = Field(
-        default="fedavg", description="Weighted mean of the trained factors; exact when only B is trained."
+    rule: str = Field(
+        default="fedavg",
+        pattern=r"^[a-z][a-z0-9_-]{0,40}$",
+        description="'fedavg': weighted mean of the trained factors; 'fedex': that, and what it misses of the mean "
+        "product goes into the base; 'svd': best low rank of the mean product; 'trimmed-mean' and 'median': one "
+        "poisoned client cannot move them far. Others: one file in fedmentor_core/aggregation, or an entry point.",
     )
-    weights: Literal["uniform", "units"] = Field(
-        default="uniform", description="'units' weighs by the public number of training units."
+    weights: Literal["uniform", "units", "noise-aware"] = Field(
+        default="uniform",
+        description="'units' weighs by the public number of training units; 'noise-aware' also by how little noise "
+        "the client's public noise multiplier, clip norm, sample rate and steps put into its update.",
+    )
+    noise_penalty: float = Field(
+        default=1.0, ge=0, le=1e6, description="'noise-aware': 0 is 'units'; large weighs by inverse variance."
+    )
+    trim_clients: int = Field(
+        default=1, ge=1, le=10_000, description="'trimmed-mean': values cut at each end; as many poisoned are borne."
+    )
+    prox_mu: float = Field(
+        default=0.0, ge=0, le=1e4, description="FedProx: local training is pulled towards the global adapter."
+    )
+    server: Literal["none", "momentum", "adam"] = Field(
+        default="none", description="What the server does with the mean change of a round: take it, or step along it."
+    )
+    server_learning_rate: float | None = Field(
+        default=None, gt=0, le=100, description="Default: 1 for 'momentum', 0.01 for 'adam'."
+    )
+    server_momentum: float = Field(default=0.9, ge=0, lt=1, description="Decay of the mean change (beta 1).")
+    server_beta2: float = Field(default=0.99, ge=0, lt=1, description="'adam': decay of the mean squared change.")
+    server_adaptivity: float = Field(
+        default=1e-3, gt=0, le=1, description="'adam': added to the root mean square; tau of the FedOpt paper."
     )
     min_clients: int = Field(default=1, ge=1, le=100_000, description="Fewer usable updates stop the round.")
     max_update_norm: float = Field(
         default=1e4, gt=0, description="An update whose L2 distance from the global adapter exceeds this is rejected."
     )
+
+    @field_validator("rule")
+    @classmethod
+    def _known_rule(cls, value: str) -> str:
+        from fedmentor_core.aggregation import find_rule  # rules are typed with this section
+
+        try:
+            return find_rule(value).name
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
 
 class ThresholdConfig(Section):
@@ -308,6 +389,32 @@ class PrivateGateConfig(Section):
     delta: float | None = Field(default=None, gt=0, lt=0.1, description="Default: min(1e-5, 1 / (10 * units)).")
 
 
+class SafetyPromptsConfig(Section):
+    """Public prompts that a safe model refuses, or only sound so; answered by the untrained and the final model."""
+
+    kinds: tuple[Literal["embedded", "simple_safety_tests", "xstest"], ...] = Field(
+        default=("embedded",),
+        min_length=1,
+        description="'embedded': a few invented ones that ship with FedMentor; the others are files of 'folder'.",
+    )
+    folder: str | None = Field(
+        default=None, min_length=1, description="Holds simple_safety_tests.csv and xstest_prompts.csv; "
+        "default: the folder 'safety' in data.root."
+    )  # fmt: skip
+    max_prompts: int = Field(
+        default=100, ge=1, le=100_000, description="Of each set, most unsafe and most safe prompts, spread evenly."
+    )
+    max_new_tokens: int = Field(default=48, ge=1, le=4096)
+    every_round: bool = Field(default=False, description="Also each round's candidate; recorded, not judged.")
+
+    @field_validator("kinds")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("names each set once")
+        return value
+
+
 class EvaluationConfig(Section):
     """Generation and scoring on the gate set (steers noise and promotion) and the test set (steers nothing)."""
 
@@ -327,6 +434,9 @@ class EvaluationConfig(Section):
     samples_in_report: int = Field(default=3, ge=0, le=50, description="Outputs shown per domain (public gate only).")
     bertscore: BertScoreConfig = BertScoreConfig()
     toxicity: ToxicityConfig = ToxicityConfig()
+    safety_prompts: SafetyPromptsConfig | None = Field(
+        default=None, description="Prompts to refuse, and prompts not to; default: none are asked."
+    )
     thresholds: tuple[ThresholdConfig, ...] = Field(
         default=(), description="The gate. Every one must pass for the adapter to be promoted."
     )
@@ -405,13 +515,68 @@ class AuditConfig(Section):
 
 
 class ExecutionConfig(Section):
-    """How the rounds are run on this machine."""
+    """Where and how clients train: beside each other or apart, on this machine or on a Ray cluster."""
 
-    max_parallel_clients: int = Field(default=1, ge=1, le=1024, description="Clients trained at the same time.")
+    max_parallel_clients: int = Field(
+        default=1, ge=1, le=1024, description="Clients trained at the same time; on a Ray cluster its resources decide."
+    )
     torch_threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads; default: all cores.")
     client_retries: int = Field(
         default=1, ge=0, le=20, description="Retries of a failed client; each new attempt is charged anew."
     )
+    isolation: Literal["auto", "none", "process"] = Field(
+        default="auto",
+        description="'process': each client trains in a process of its own, which gives its memory back and is killed "
+        "at training.deadline_seconds even when it hangs; 'auto': on GPUs; 'none': in this process.",
+    )
+    start_seconds: float = Field(
+        default=900.0, gt=0, description="Longest time that a client's own process may take to load backbone and data."
+    )
+    slots_per_machine: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Clients that train at once on a machine without GPUs, over all studies there; default: no limit. "
+        "On GPUs it is one client a GPU, always.",
+    )
+    slots_folder: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Lock files of GPUs and slots, the same folder for everybody on a machine; default: the folder "
+        "'fedmentor-slots' for temporary files.",
+    )
+    gpu_limit: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A Prefect global concurrency limit that each client also holds while it trains, such as gpu-a; "
+        "one that does not exist is an error.",
+    )
+    task_runner: Literal["threads", "ray"] = Field(
+        default="threads", description="'threads': on this machine; 'ray': on the machines of a Ray cluster."
+    )
+    ray_address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="'auto' (the cluster that this machine belongs to), host:port or ray://host:port; default: a "
+        "cluster of this machine alone, for as long as the study runs.",
+    )
+    gpus_per_client: int = Field(
+        default=0, ge=0, le=1, description="GPUs that Ray gives each client, which can use one; 0: clients use the CPU."
+    )
+    cpus_per_client: int = Field(default=1, ge=1, le=1024, description="CPU cores that Ray sets aside for each client.")
+    shared_folders: bool = Field(
+        default=False,
+        description="Says that every machine of the Ray cluster sees the study's folders under the same names, so that "
+        "file:// stores may be used.",
+    )
+
+    @model_validator(mode="after")
+    def _ray_or_not(self) -> Self:
+        ours = ("ray_address", "gpus_per_client", "cpus_per_client", "shared_folders")
+        given = [name for name in ours if getattr(self, name) != type(self).model_fields[name].default]
+        if self.task_runner != "ray" and given:
+            raise ValueError(f"{', '.join(given)}: of use on a Ray cluster only, so task_runner must be 'ray'")
+        return self
 
 
 class SiteConfig(Section):
@@ -493,7 +658,9 @@ class StudyConfig(Section):
                 "audit.before_promotion: an audit checks what one unit was promised, and privacy.level is 'client'. "
                 "Set it to false, or privacy.level to 'unit'"
             )
+        self._check_aggregation()
         self._check_gate(names)
+        self._check_ray()
         if self.needs_champion and not self.tracking.enabled:
             raise ValueError(
                 "start_from or a threshold names the champion, which MLflow's registry knows: set tracking.enabled to "
@@ -501,13 +668,73 @@ class StudyConfig(Section):
             )
         return self
 
-    def _check_gate(self, names: list[str]) -> None:
-        if self.evaluation.gate_data == "private":
-            maxima = [one.metric for one in self.evaluation.thresholds if one.metric == "toxicity_max"]
-            if maxima:
+    def _check_aggregation(self) -> None:
+        from fedmentor_core.aggregation import find_rule
+
+        aggregation, train = self.aggregation, self.adapter.train
+        rule = find_rule(aggregation.rule)
+        if train not in rule.trains:
+            raise ValueError(
+                f"aggregation.rule {rule.name!r} is for adapter.train {' or '.join(map(repr, sorted(rule.trains)))} "
+                f"(got {train!r}, of which 'fedavg' is exact already)"
+            )
+        if aggregation.weights != "uniform" and not rule.weighs:
+            raise ValueError(
+                f"aggregation.rule {rule.name!r} counts every client the same, whatever it says of itself: set "
+                f"aggregation.weights to 'uniform' (got {aggregation.weights!r})"
+            )
+        if aggregation.server != "none" and rule.joins_products:
+            raise ValueError(
+                f"aggregation.rule {rule.name!r} joins products, and a step along the change of their factors is not a "
+                f"step along theirs: set aggregation.server to 'none' (got {aggregation.server!r}), or the rule to "
+                "'fedavg'"
+            )
+        if (least := rule.least_clients(aggregation)) > len(self.domains):
+            raise ValueError(
+                f"aggregation.rule {rule.name!r} needs updates of at least {least} clients, and there are only "
+                f"{len(self.domains)} domains"
+            )
+        if aggregation.weights == "noise-aware" and self.privacy.mode == "none":
+            raise ValueError(
+                "aggregation.weights 'noise-aware' weighs by noise, and privacy.mode 'none' has none: set it to 'units'"
+            )
+        if self.adapter.start_from is not None and self.start_from == "champion":
+            raise ValueError("start_from is 'champion' and adapter.start_from names another start: leave one out")
+        for domain in self.domains:
+            if domain.rank is None:
+                continue
+            if not rule.fits_ranks:
                 raise ValueError(
-                    "evaluation.thresholds: 'toxicity_max' cannot be released from a private gate set, because one "
-                    "record decides it. Use toxicity_mean or safe_rate"
+                    f"domain {domain.name!r} has a rank of its own, which aggregation.rule {rule.name!r} cannot join: "
+                    "set the rule to 'svd', or leave the domain's rank out"
+                )
+            if domain.rank > self.adapter.rank:
+                raise ValueError(
+                    f"domain {domain.name!r}: rank {domain.rank} is above adapter.rank {self.adapter.rank}, the rank "
+                    "of the global adapter"
+                )
+
+    def adapter_of(self, domain: str | None) -> AdapterConfig:
+        """The adapter as a client trains it: of the client's own rank, at the study's scale; None: the global one."""
+        rank = None if domain is None else self.domain(domain).rank
+        if rank is None:
+            return self.adapter
+        return self.adapter.model_copy(update={"rank": rank, "alpha": self.adapter.scale * rank})
+
+    def _check_gate(self, names: list[str]) -> None:
+        prompts = self.evaluation.safety_prompts
+        if prompts is not None and prompts.max_new_tokens >= self.backbone.max_length:
+            raise ValueError(
+                f"evaluation.safety_prompts.max_new_tokens ({prompts.max_new_tokens}) must be below "
+                f"backbone.max_length ({self.backbone.max_length})"
+            )
+        if self.evaluation.gate_data == "private":
+            withheld = sorted({one.metric for one in self.evaluation.thresholds} & UNRELEASED_METRICS)
+            if withheld:
+                why = ", because one record decides it" if withheld == ["toxicity_max"] else ""
+                raise ValueError(
+                    f"evaluation.thresholds: {', '.join(map(repr, withheld))} cannot be released from a private gate "
+                    f"set{why}. Use toxicity_mean or safe_rate, bertscore_f1, rouge_l, label_f1 or empty_rate"
                 )
         wants_reference = self.adaptation.watches_utility and self.adaptation.relative_to == "reference"
         for threshold in self.evaluation.thresholds:
@@ -518,6 +745,32 @@ class StudyConfig(Section):
                 )
         if wants_reference and self.tracking.reference_run_id is None:
             raise ValueError("a threshold is relative to 'reference' but tracking.reference_run_id names no MLflow run")
+
+    def _check_ray(self) -> None:
+        execution = self.execution
+        if execution.task_runner != "ray":
+            return
+        at_sites = [domain.name for domain in self.domains if domain.site is not None]
+        if at_sites:
+            raise ValueError(
+                f"execution.task_runner is 'ray', and {', '.join(at_sites)} train at their sites, by their own "
+                "workers. Set it to 'threads'"
+            )
+        if self.backbone.device == "cuda" and not execution.gpus_per_client:
+            raise ValueError(
+                "backbone.device is 'cuda' and execution.gpus_per_client is 0, so Ray would show the clients no GPU. "
+                "Set it to 1"
+            )
+        if execution.ray_address is None or execution.shared_folders:
+            return
+        urls = {"storage.url": self.storage.url, "privacy.ledger_url": self.privacy.ledger_url or self.storage.url}
+        folders = [name for name, url in urls.items() if url is None or url.startswith("file:")]
+        if folders:
+            raise ValueError(
+                f"execution.ray_address names a cluster, whose machines may not see this one's folders: {folders[0]} "
+                "must be an s3:// URL, or set execution.shared_folders to true if all of them see the same folders "
+                "under the same names"
+            )
 
     def epsilon_of(self, domain: DomainConfig) -> float:
         """Lifetime epsilon promised to ``domain``: given outright, or derived from its sensitivity."""

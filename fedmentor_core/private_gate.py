@@ -78,7 +78,7 @@ def evaluate_privately(
     result = DomainEvaluation(
         domain=domain,
         split=split,
-        metrics=metrics_of_means(means, plan.n_units),
+        metrics=metrics_of_means(means, plan.n_units, data.form.answers),
         metric_std=means.std,
         scorers=scorers.identities,
         seconds=time.perf_counter() - started,
@@ -194,7 +194,8 @@ def _noised_means(
             on_batch=lambda done, total: on_batch(done * n_units // total, n_units),
         )
     assert charge.noise_multiplier is not None
-    return release_means(unit_scores(scored, units), charge.noise_multiplier, _dice(workspace, charge))
+    vectors = unit_scores(scored, units, data.form.answers)
+    return release_means(vectors, charge.noise_multiplier, _dice(workspace, charge))
 
 
 def _dice(workspace: Workspace, charge: LedgerEntry) -> random.Random:

@@ -4,9 +4,9 @@ Small by construction: uris, digests, counts, public numbers. Never a tensor, ne
 never a number computed on private data that nobody charged for (training losses stay at the site).
 """
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 1
 
@@ -60,6 +60,9 @@ class ClientUpdate(Record):
     attempt: int = 0
     update: ArtifactRef | None = None
     base_adapter_sha256: str = ""
+    ledger_entry: str = Field(
+        default="", description="The account's newest entry, by digest; of a site, under its own key. Empty: no charge."
+    )
     n_units: int
     sample_rate: float
     steps: int
@@ -80,12 +83,21 @@ class ScorerIdentities(Record):
     rouge: str
     toxicity: str
     safe_threshold: float
+    bertscore_rescaled: str | None = Field(
+        default=None, description="bert-score's hash of the rescaled score, and its baseline; None: none is known."
+    )
+    refusals: str | None = Field(default=None, description="Version and digest of the refusal patterns.")
+
+
+Interval = tuple[float, float]
+"""A 95 % interval, low and high."""
 
 
 class Metrics(Record):
-    """Scores of one set of outputs. All in [0, 1] except a rescaled BERTScore, which may be negative.
+    """Scores of one set of outputs. All in [0, 1] except a rescaled BERTScore, which may be negative, and perplexity.
 
-    Of a public set they are means over rows. Of a private set they are noised means over units, clipped to [0, 1].
+    Of a public set they are means over rows. Of a private set they are noised means over units, clipped to [0, 1], and
+    every field with a default is None: it is not released. docs/evaluation.md defines each of them.
     """
 
     bertscore_f1: float
@@ -96,6 +108,63 @@ class Metrics(Record):
     toxicity_max: float | None = Field(description="None where a private gate set forbids releasing a maximum.")
     empty_rate: float
     n_examples: int = Field(description="Rows; of a private set units, since how many rows they have is private.")
+    bertscore_f1_raw: float | None = Field(default=None, description="As the encoder gives it.")
+    bertscore_f1_rescaled: float | None = Field(
+        default=None, description="0 for a random pair of sentences, 1 for equal ones; None: no baseline is known."
+    )
+    perplexity: float | None = Field(default=None, description="Of the reference answers, per token; 1 is perfect.")
+    refusal_rate: float | None = Field(default=None, description="Outputs that decline to answer.")
+    repetition_rate: float | None = Field(default=None, description="Outputs that say the same four words three times.")
+    toxicity_rate_05: float | None = Field(default=None, description="Outputs of toxicity 0.5 or more.")
+    toxicity_rate_07: float | None = Field(default=None, description="Outputs of toxicity 0.7 or more.")
+    intervals: dict[str, Interval] | None = Field(
+        default=None, description="95 % bootstrap interval by metric, over units; see evaluation/bootstrap.py."
+    )
+
+
+UNRELEASED_METRICS = frozenset(
+    {
+        "toxicity_max", "bertscore_f1_raw", "bertscore_f1_rescaled", "perplexity", "refusal_rate", "repetition_rate",
+        "toxicity_rate_05", "toxicity_rate_07",
+    }
+)  # fmt: skip
+"""Metrics that a private set never releases: nobody charged for them."""
+
+
+class EvaluatedRows(Record):
+    """Scores of a public set row by row, in the set's order: what intervals and paired comparisons are computed from.
+
+    Columns of one length; a metric in ``means`` is the mean of its column.
+    """
+
+    units: tuple[int, ...] = Field(description="Number of the row's unit, by first appearance.")
+    labels: tuple[str, ...] = Field(description="Gold labels; empty where a row has none.")
+    answers: tuple[str, ...] = Field(description="Labels that the outputs open with; empty for none.")
+    means: dict[str, tuple[float, ...]]
+    log_losses: tuple[float, ...] = Field(
+        default=(), description="Negative log-likelihood of the reference in nats; empty where not measured."
+    )
+    n_tokens: tuple[int, ...] = Field(default=(), description="Tokens of the reference.")
+
+    @model_validator(mode="after")
+    def _columns_of_one_length(self) -> Self:
+        columns = [self.labels, self.answers, *self.means.values()]
+        columns += [self.log_losses, self.n_tokens] if self.log_losses or self.n_tokens else []
+        if any(len(column) != len(self.units) for column in columns):
+            raise ValueError(f"columns must have one length, got {[len(self.units), *map(len, columns)]}")
+        return self
+
+
+class ScorerAlarms(Record):
+    """How often the toxicity scorer is alarmed by a domain's own public texts, which are distressed and not toxic."""
+
+    n_posts: int
+    n_references: int
+    posts_05: float = Field(description="Share of distinct posts of toxicity 0.5 or more.")
+    posts_07: float
+    references_05: float = Field(description="Share of reference answers of toxicity 0.5 or more.")
+    references_07: float
+    intervals: dict[str, Interval] = {}
 
 
 class EvaluationMetrics(Metrics):
@@ -127,6 +196,32 @@ class DomainEvaluation(Record):
         default=None, description="Standard deviation of the noise in each mean; None: a public set, no noise."
     )
     samples: tuple[Sample, ...] = ()
+    rows: EvaluatedRows | None = Field(default=None, description="None: a private set, or one of very many rows.")
+    alarms: ScorerAlarms | None = Field(default=None, description="Of a public gate set; None otherwise.")
+    scorers: ScorerIdentities
+    seconds: float
+
+
+class SafetyPromptScores(Record):
+    """How one adapter answers one set of public safety prompts. Rates are shares of the prompts they are about."""
+
+    name: str
+    prompts_sha256: str
+    n_unsafe: int
+    n_safe: int
+    unsafe_refusal_rate: float | None = Field(default=None, description="Of unsafe prompts; higher is safer.")
+    over_refusal_rate: float | None = Field(default=None, description="Of prompts that only sound unsafe; lower.")
+    safe_rate: float = Field(description="Answers below the toxicity threshold.")
+    toxicity_mean: float
+    empty_rate: float
+    repetition_rate: float
+    intervals: dict[str, Interval] = Field(default={}, description="95 % bootstrap interval by metric, over prompts.")
+
+
+class SafetyEvaluation(Record):
+    """How one adapter answers the study's safety prompts."""
+
+    sets: tuple[SafetyPromptScores, ...]
     scorers: ScorerIdentities
     seconds: float
 
@@ -186,6 +281,7 @@ class ClientSummary(Record):
     domain: str
     status: ClientStatus
     reason: str = ""
+    ledger_entry: str = Field(default="", description="Of a client that trained: stands for all that it was charged.")
     n_units: int
     sample_rate: float
     steps: int
@@ -232,6 +328,7 @@ class RoundSummary(Record):
     round_index: int
     clients: tuple[ClientSummary, ...]
     metrics: EvaluationMetrics
+    safety: SafetyEvaluation | None = Field(default=None, description="Where safety_prompts.every_round asks for it.")
     gate: GateSummary
     noise_changes: tuple[NoiseChange, ...]
     noise_decisions: tuple[NoiseDecision, ...] = ()
@@ -267,7 +364,7 @@ class AdapterSummary(Record):
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
-    train: Literal["b", "both"]
+    train: Literal["b", "both", "alternate", "core"]
     n_trainable: int
     n_bytes: int
 
@@ -401,6 +498,13 @@ class StudySummary(Record):
     rounds: tuple[RoundSummary, ...]
     selected_round: int | None = Field(description="The round whose adapter is final.")
     final: EvaluationMetrics | None = Field(description="The selected adapter on the test set.")
+    safety_baseline: SafetyEvaluation | None = Field(
+        default=None, description="The untrained backbone on the safety prompts; None: none are configured."
+    )
+    safety_final: SafetyEvaluation | None = Field(default=None, description="The selected adapter on them.")
+    alarms: dict[str, ScorerAlarms] = Field(
+        default={}, description="By domain with a public gate set: the toxicity scorer on the domain's own texts."
+    )
     plan: StudyPlan
     model: ModelSummary | None
     warnings: tuple[str, ...] = ()

@@ -4,14 +4,22 @@ Everything here is a function of released updates, public numbers and gate-set m
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-from fedmentor_core.adapters.lora import State
-from fedmentor_core.aggregation.base import WeightedUpdate, check_update, normalised
-from fedmentor_core.aggregation.fedavg import fedavg
+from fedmentor_core.adapters.base_delta import is_delta
+from fedmentor_core.adapters.lora import State, trained_part
+from fedmentor_core.aggregation import find_rule
+from fedmentor_core.aggregation.base import Updates, check_update, normalised
+from fedmentor_core.aggregation.server import server_step
+from fedmentor_core.aggregation.spool import spooled
+from fedmentor_core.aggregation.weights import raw_weights
 from fedmentor_core.errors import FedMentorError, UpdateRejectedError
+from fedmentor_core.evaluation import safety as safety_scoring
 from fedmentor_core.evaluation.evaluate import combine, evaluate_domain
+from fedmentor_core.evaluation.safety_prompts import read_prompt_sets
 from fedmentor_core.privacy.adaptation import change_of, count_below, decide, threshold_for
 from fedmentor_core.privacy.output import noise_norm
 from fedmentor_core.privacy.validation_plan import SetName
@@ -29,6 +37,7 @@ from fedmentor_core.records import (
     NoiseDecision,
     RoundManifest,
     RoundSummary,
+    SafetyEvaluation,
 )
 from fedmentor_core.workspace import Workspace
 
@@ -85,42 +94,60 @@ def assignments_for(workspace: Workspace, state: RoundState) -> list[ClientAssig
 def aggregate(
     workspace: Workspace, base: ArtifactRef, updates: Sequence[ClientUpdate]
 ) -> tuple[ArtifactRef, list[ClientUpdate]]:
-    """Check each update, join those that pass, store the new global adapter.
+    """Check each update, join those that pass by the configured rule, take the server's step, store what comes of it.
 
-    Each update is read twice, once to check it and once to add it, so that the weights are known before the first is
-    added and no more than one is in memory.
+    Each update is read twice, once to check it and once to join it, so that the weights are known before the first is
+    added and, where the rule allows it, no more than one is in memory.
 
     Returns:
         The new adapter (the old one when every client rested) and the updates with rejected ones marked.
 
     Raises:
-        FedMentorError: some clients trained, yet fewer usable updates than ``aggregation.min_clients``.
+        FedMentorError: some clients trained, yet fewer usable updates than ``aggregation.min_clients`` or the rule
+            needs.
     """
     config = workspace.config.aggregation
+    rule = find_rule(config.rule)
     global_state = workspace.get_adapter(base)
-    judged = [_check(workspace, update, base, global_state) for update in updates]
+    round_index = updates[0].round_index
+    judged = [_check(workspace, update, base, global_state, round_index) for update in updates]
     usable = [update for update in judged if update.status == "trained"]
     if all(update.status == "rested" for update in judged):
         return base, judged
-    if len(usable) < config.min_clients:
+    least = rule.least_clients(config)
+    if len(usable) < max(config.min_clients, least):
         problems = "; ".join(f"{update.domain}: {update.reason or update.status}" for update in judged)
+        asked = f"aggregation.rule {rule.name!r} needs {least}" if least > config.min_clients else ""
         raise FedMentorError(
-            f"round {judged[0].round_index}: {len(usable)} usable updates, aggregation.min_clients is "
-            f"{config.min_clients} ({problems}). Finished updates are kept; run again to retry the others."
+            f"round {round_index}: {len(usable)} usable updates, "
+            f"{asked or f'aggregation.min_clients is {config.min_clients}'} ({problems}). Finished updates are kept; "
+            "run again to retry the others."
         )
-    weights = dict(normalised({u.domain: float(u.n_units) if config.weights == "units" else 1.0 for u in usable}))
+    before = trained_part(global_state, workspace.config.adapter, round_index)
+    added = {name: tensor for name, tensor in global_state.items() if is_delta(name)}
+    weights = dict(normalised(raw_weights(config, workspace.config.privacy.level, usable)))
+    refs = {update.domain: update.update for update in usable if update.update is not None}
 
-    def stream() -> Iterator[WeightedUpdate]:
-        for update in usable:
-            assert update.update is not None
-            yield WeightedUpdate(update.domain, weights[update.domain], workspace.get_adapter(update.update))
+    def fetch(ref: ArtifactRef, path: Path) -> None:
+        workspace.store_holding(ref.key).get_to_file(ref, path)
 
-    return workspace.put_adapter(fedavg(global_state, stream())), judged
+    with spooled({domain: partial(fetch, ref) for domain, ref in refs.items()}) as read_some:
+        reader = Updates(weights, lambda domain: workspace.get_update(refs[domain]), read_some)
+        joined = rule.join(config, workspace.config.adapter.scale, {**before, **added}, reader)
+    memory: State | None = None
+    if config.server != "none":
+        joined, memory = server_step(config, before, joined, workspace.server_memory(base))
+    held = {name for name in global_state if name not in before and not is_delta(name)}
+    kept = {name: global_state[name] for name in held}
+    return workspace.put_adapter({**kept, **joined}, held=held, server_memory=memory), judged
 
 
-def _check(workspace: Workspace, update: ClientUpdate, base: ArtifactRef, global_state: State) -> ClientUpdate:
+def _check(
+    workspace: Workspace, update: ClientUpdate, base: ArtifactRef, global_state: State, round_index: int
+) -> ClientUpdate:
     if update.status != "trained":
         return update
+    expected = trained_part(global_state, workspace.config.adapter_of(update.domain), round_index)
     try:
         if update.update is None or update.run_id != workspace.ref.run_id:
             raise UpdateRejectedError(f"update of {update.domain!r} rejected: it belongs to another study.")
@@ -128,20 +155,20 @@ def _check(workspace: Workspace, update: ClientUpdate, base: ArtifactRef, global
             raise UpdateRejectedError(f"update of {update.domain!r} rejected: it starts from another round's adapter.")
         check_update(
             update.domain,
-            workspace.get_adapter(update.update),
-            global_state,
-            workspace.config.aggregation.max_update_norm + _expected_noise_norm(workspace, update, global_state),
+            workspace.get_update(update.update),
+            expected,
+            workspace.config.aggregation.max_update_norm + _expected_noise_norm(workspace, update, expected),
         )
     except FedMentorError as error:
         return update.model_copy(update={"status": "rejected", "reason": str(error)})
     return update
 
 
-def _expected_noise_norm(workspace: Workspace, update: ClientUpdate, global_state: State) -> float:
+def _expected_noise_norm(workspace: Workspace, update: ClientUpdate, expected: State) -> float:
     """At client level the honest noise alone may exceed ``max_update_norm``."""
     if workspace.config.privacy.level == "unit" or update.noise_multiplier is None:
         return 0.0
-    n_parameters = sum(tensor.numel() for tensor in global_state.values())
+    n_parameters = sum(tensor.numel() for tensor in expected.values())
     return 1.1 * noise_norm(update.noise_multiplier, update.clip_norm, n_parameters)
 
 
@@ -174,6 +201,35 @@ def evaluate(
             device=workspace.backbone.device,
             keep_samples=split == "gate",
             on_batch=on_batch,
+        )
+    workspace.store.put_json(key, result)
+    return result
+
+
+def evaluate_safety(workspace: Workspace, adapter: ArtifactRef) -> SafetyEvaluation | None:
+    """An adapter's answers to the safety prompts, scored; stored and reused by content. None: none are configured.
+
+    Raises:
+        ConfigError, DataError: the prompts cannot be read or do not fit.
+    """
+    config = workspace.config.evaluation.safety_prompts
+    if config is None:
+        return None
+    key = workspace.key(f"evaluations/{adapter.sha256[:24]}/safety.json")
+    if workspace.store.exists(key):
+        return SafetyEvaluation.model_validate(workspace.store.get_json(key))
+    sets = read_prompt_sets(config, workspace.config.data.root)
+    scorers = workspace.scorers
+    with workspace.evaluation_lock:
+        result = safety_scoring.evaluate_safety(
+            workspace.evaluation_model_with(adapter),
+            workspace.backbone.tokenizer,
+            sets,
+            scorers,
+            config,
+            device=workspace.backbone.device,
+            max_length=workspace.config.backbone.max_length,
+            batch_size=workspace.config.evaluation.batch_size,
         )
     workspace.store.put_json(key, result)
     return result
@@ -257,6 +313,7 @@ def commit_round(
     verdict: GateVerdict,
     comparisons: Comparisons,
     seconds: float,
+    safety: SafetyEvaluation | None = None,
 ) -> RoundManifest:
     """Decide the next noise and write the round's manifest, create-if-absent: the commit point."""
     metrics = combine(evaluations)
@@ -272,6 +329,7 @@ def commit_round(
                 ClientSummary.model_validate(u.model_dump(include=set(ClientSummary.model_fields))) for u in updates
             ),
             metrics=metrics,
+            safety=safety,
             gate=GateSummary(passed=verdict.passed, reasons=verdict.reasons, results=verdict.results),
             noise_changes=tuple(change for change in map(change_of, decisions) if change is not None),
             noise_decisions=tuple(decisions),

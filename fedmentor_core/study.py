@@ -10,6 +10,7 @@ from functools import partial
 from typing import Protocol
 
 from fedmentor_core import rounds
+from fedmentor_core.aggregation import find_rule
 from fedmentor_core.champion import Champion
 from fedmentor_core.errors import ConfigError, SiteError
 from fedmentor_core.evaluation.evaluate import combine
@@ -26,6 +27,7 @@ from fedmentor_core.records import (
     MissingEvaluation,
     ModelSummary,
     RoundManifest,
+    SafetyEvaluation,
     Sample,
     StudyPlan,
     StudySummary,
@@ -41,6 +43,11 @@ Evaluations = Sequence[DomainEvaluation | MissingEvaluation]
 
 class Engine(Protocol):
     """How the steps of a study are carried out."""
+
+    @property
+    def workspace(self) -> Workspace:
+        """What the study needs at hand in this process."""
+        ...
 
     def in_round(self, round_index: int, body: Callable[[], RoundManifest]) -> RoundManifest:
         """Run a round's body; an orchestrator may wrap it."""
@@ -60,6 +67,10 @@ class Engine(Protocol):
 
     def evaluate(self, adapter: ArtifactRef, split: SetName) -> Evaluations:
         """Evaluate on every domain; a site that does not answer is reported, not raised."""
+        ...
+
+    def safety(self, adapter: ArtifactRef) -> SafetyEvaluation | None:
+        """Answers to the safety prompts, scored; None where none are configured."""
         ...
 
     def gate(self, metrics: EvaluationMetrics, comparisons: Comparisons) -> GateVerdict:
@@ -116,6 +127,10 @@ class InProcess:
             for d in self.workspace.config.domains
         ]
 
+    def safety(self, adapter: ArtifactRef) -> SafetyEvaluation | None:
+        """See ``rounds.evaluate_safety``."""
+        return rounds.evaluate_safety(self.workspace, adapter)
+
     def gate(self, metrics: EvaluationMetrics, comparisons: Comparisons) -> GateVerdict:
         """See ``evaluation.gate.judge``."""
         return judge(metrics, self.workspace.config.evaluation.thresholds, comparisons)
@@ -154,9 +169,8 @@ def run_study(ref: StudyRef, engine: Engine | None = None, listen: Listener = si
         ConfigError: the champion that the study is to start from does not fit it; nothing was charged.
         FedMentorError: too few usable updates in a round, and other errors named there.
     """
-    workspace = workspace_of(ref)
-    engine = engine if engine is not None else InProcess(workspace, listen)
-    config = ref.config
+    engine = engine if engine is not None else InProcess(workspace_of(ref), listen)
+    workspace, config = engine.workspace, ref.config
     started = rounds.now()
 
     listen(ProgressEvent("prepare", "loading backbone, data and plan", n_rounds=config.rounds))
@@ -167,6 +181,7 @@ def run_study(ref: StudyRef, engine: Engine | None = None, listen: Listener = si
     listen(ProgressEvent("baseline", "evaluating the untrained backbone"))
     baseline_evaluations = engine.evaluate(untrained, "gate")
     baseline_tests = engine.evaluate(untrained, "test")
+    safety_baseline = engine.safety(untrained)
     comparisons: Comparisons = {
         "baseline": comparable(baseline_evaluations),
         "reference": engine.reference(),
@@ -198,6 +213,7 @@ def run_study(ref: StudyRef, engine: Engine | None = None, listen: Listener = si
     chosen = manifests[selected if selected is not None else -1]
     listen(ProgressEvent("final", "evaluating on the test set"))
     final_tests = engine.evaluate(chosen.adapter, "test")
+    safety_final = engine.safety(chosen.adapter)
     unanswered = missing([*baseline_evaluations, *baseline_tests, *final_tests])
     summary = StudySummary(
         run_id=ref.run_id,
@@ -213,6 +229,9 @@ def run_study(ref: StudyRef, engine: Engine | None = None, listen: Listener = si
         rounds=tuple(manifest.summary for manifest in manifests),
         selected_round=chosen.round_index,
         final=combine(answered(final_tests)),
+        safety_baseline=safety_baseline,
+        safety_final=safety_final,
+        alarms={one.domain: one.alarms for one in answered(baseline_evaluations) if one.alarms is not None},
         plan=plan,
         model=None,
         warnings=(*warnings_of(ref, plan), *dict.fromkeys(map(said_of, unanswered))),
@@ -250,10 +269,12 @@ def _run_round(
     adapter, judged = engine.aggregate(state.adapter, updates)
     listen(ProgressEvent("evaluate", "evaluating the candidate", round_index=index, n_rounds=total))
     evaluations = engine.evaluate(adapter, "gate")
+    prompts = workspace.config.evaluation.safety_prompts
+    safety = engine.safety(adapter) if prompts is not None and prompts.every_round else None
     judgeable = answered(evaluations)
     verdict = without_missing(engine.gate(combine(judgeable), comparisons), missing(evaluations))
     return rounds.commit_round(
-        workspace, state, adapter, judged, judgeable, verdict, comparisons, rounds.now() - started
+        workspace, state, adapter, judged, judgeable, verdict, comparisons, rounds.now() - started, safety
     )
 
 
@@ -332,6 +353,7 @@ def warnings_of(ref: StudyRef, plan: StudyPlan) -> tuple[str, ...]:
         said.append("NOT PRIVATE: privacy.mode is 'none'; nothing was clipped, noised or charged.")
     if privacy.noise_seed is not None:
         said.append("NOT PRIVATE: privacy.noise_seed is set; seeded noise can be subtracted.")
-    if ref.config.adapter.train == "both" and privacy.mode == "dp":
+    joins_products = find_rule(ref.config.aggregation.rule).joins_products
+    if ref.config.adapter.train == "both" and privacy.mode == "dp" and not joins_products:
         said.append("adapter.train 'both' averages A and B apart: inexact, and noise multiplies noise.")
     return tuple(said)

@@ -4,22 +4,33 @@ A ``StudyRef`` crosses task borders; a ``Workspace`` is what a process makes of 
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from fedmentor_core.adapters.backbone import Backbone, load_backbone
+from fedmentor_core.adapters.base_delta import is_delta
 from fedmentor_core.adapters.lora import (
     State,
     adapter_state,
     attach,
+    cut_to_rank,
+    factor_name,
+    factor_of,
     load_state,
+    main_directions,
+    modules_of,
     resolved_targets,
     state_from_bytes,
     state_to_bytes,
+    trained_factors,
+    trained_part,
 )
-from fedmentor_core.champion import Champion, ChampionAtStart, fixed_champion, states_to_start_from
+from fedmentor_core.adapters.parts import AdapterParts, Part
+from fedmentor_core.adapters.warm_start import fitted, read_pinned
+from fedmentor_core.aggregation import find_rule
+from fedmentor_core.champion import Champion, ChampionAtStart, fixed_champion
 from fedmentor_core.config import AdapterConfig, DomainConfig
 from fedmentor_core.errors import BudgetError, ConfigError
 from fedmentor_core.hashing import derive_seed
@@ -43,6 +54,7 @@ from fedmentor_core.training.client import TrainingSet
 
 SITES_FOLDER = "sites"
 """First part of every key that a site writes."""
+_ROUND_KINDS = (0, 1)  # rounds that train different factors alternate
 
 _workspaces: dict[str, "Workspace"] = {}
 _workspaces_lock = threading.Lock()
@@ -59,7 +71,10 @@ def workspace_of(ref: StudyRef) -> "Workspace":
 
 @dataclass(frozen=True)
 class InitialAdapter:
-    """Round 0's adapter: A from the seed and B zero, or the champion's; shipped once so that all start alike."""
+    """Round 0's adapter: new, from a pinned folder or the champion's; shipped once so that all start alike.
+
+    ``trained`` holds what changes over the run, ``frozen`` what does not.
+    """
 
     frozen: ArtifactRef
     trained: ArtifactRef
@@ -77,6 +92,7 @@ class Workspace:
         self.config = ref.config
         self._lock = threading.RLock()
         self.evaluation_lock = threading.Lock()
+        self.training_turns = threading.BoundedSemaphore(self.config.execution.max_parallel_clients)
         self._training_sets: dict[str, TrainingSet] = {}
         self._site_stores: dict[str, ArtifactStore] = {}
 
@@ -111,6 +127,15 @@ class Workspace:
         """A domain's privacy account."""
         return Ledger(self.ledger_store, domain)
 
+    def newest_entry(self, domain: str) -> str:
+        """Digest that stands for a domain's account as it is now; empty where it has no entry.
+
+        Raises:
+            LedgerError: the chain is broken.
+        """
+        chain = self.ledger(domain).chain()
+        return chain[-1].sha256 if chain else ""
+
     def policy(self, domain: str) -> SitePolicy:
         """The domain's own policy as it is now: a file is read anew each time, for the site may change it any day."""
         return policy_of(self.config, self.config.domain(domain))
@@ -131,9 +156,10 @@ class Workspace:
             torch.set_num_threads(self.config.execution.torch_threads)
         return backbone
 
-    def new_adapter_model(self) -> Any:
-        """A fresh peft model on the shared backbone."""
-        return attach(self.backbone, self.config.adapter, derive_seed(self.config.seed, "adapter"))
+    def new_adapter_model(self, round_index: int = 0, domain: str | None = None) -> Any:
+        """A fresh peft model on the shared backbone, for a round of a client; None: of the global adapter's rank."""
+        seed = derive_seed(self.config.seed, "adapter")
+        return attach(self.backbone, self.config.adapter_of(domain), seed, round_index)
 
     @property
     def initial_adapter(self) -> InitialAdapter:
@@ -144,28 +170,43 @@ class Workspace:
     @cached_property
     def _initial_adapter(self) -> InitialAdapter:
         trained, frozen, targets = self._initial_states
-        champion = self.champion if self.config.start_from == "champion" else None
-        if champion is not None:
-            self._check_backbone(champion)
-            state = states_to_start_from(
-                champion, self.config.adapter, {**frozen, **trained}, self.get_adapter(champion.adapter)
-            )
-            trained, frozen = ({name: state[name] for name in part} for part in (trained, frozen))
+        start = self._start({**frozen, **trained})
+        if start is not None:
+            trained = {name: tensor for name, tensor in start.items() if name not in frozen}
+            frozen = {name: start[name] for name in frozen}
         trained_ref = self.put_adapter(trained)
         return InitialAdapter(
             frozen=self.put_adapter(frozen),
             trained=trained_ref,
-            n_trainable=sum(tensor.numel() for tensor in trained.values()),
+            n_trainable=self.n_trainable(),
             n_bytes=trained_ref.n_bytes,
             targets=targets,
         )
 
+    def _start(self, own: State) -> State | None:
+        """All tensors that the study starts from, where it does not start anew."""
+        config = self.config
+        if config.start_from == "champion" and (champion := self.champion) is not None:
+            self._check_backbone(champion)
+            theirs, state = champion.config, self.get_adapter(champion.adapter)
+            said = f"start_from 'champion': {champion.name!r} version {champion.version}"
+        elif config.adapter.start_from is not None:
+            theirs, state = read_pinned(config.adapter)
+            said = f"adapter.start_from: {config.adapter.start_from!r}"
+        else:
+            return None
+        corrects_base = find_rule(config.aggregation.rule).corrects_base
+        return fitted(state, theirs, config.adapter, own, corrects_base=corrects_base, said=said)
+
     @cached_property
     def _initial_states(self) -> tuple[State, State, tuple[str, ...]]:
-        model = self.new_adapter_model()
-        trained = adapter_state(model, trainable_only=True)
-        frozen = {n: t for n, t in adapter_state(model, trainable_only=False).items() if n not in trained}
-        return trained, frozen, resolved_targets(model)
+        model, adapter = self.new_adapter_model(), self.config.adapter
+        state = adapter_state(model, trainable_only=False)
+        if adapter.train == "core" and adapter.core_init == "weights":
+            state |= main_directions(model, derive_seed(self.config.seed, "directions"))
+        changing = trained_factors(adapter.train, 0) | trained_factors(adapter.train, 1)
+        trained = {name: tensor for name, tensor in state.items() if factor_of(name) in changing}
+        return trained, {n: t for n, t in state.items() if n not in trained}, resolved_targets(model)
 
     @property
     def frozen_adapter(self) -> ArtifactRef:
@@ -174,7 +215,7 @@ class Workspace:
 
     @property
     def untrained_adapter(self) -> ArtifactRef:
-        """An adapter with B zero, which changes nothing: with it a model is its backbone."""
+        """An adapter with B (or the core) zero, which changes nothing: with it a model is its backbone."""
         with self._lock:
             return self.put_adapter(self._initial_states[0])
 
@@ -209,29 +250,77 @@ class Workspace:
     @property
     def resolved_adapter(self) -> AdapterConfig:
         """The adapter's configuration with its target modules by name."""
-        with self._lock:
-            return self.config.adapter.model_copy(update={"target_modules": self._initial_states[2]})
+        return self.resolved_adapter_of(None)
 
-    def put_adapter(self, state: State) -> ArtifactRef:
-        """Store trained tensors under their own digest."""
+    def resolved_adapter_of(self, domain: str | None) -> AdapterConfig:
+        """The adapter's configuration as a client trains it, with its target modules by name."""
+        with self._lock:
+            return self.config.adapter_of(domain).model_copy(update={"target_modules": self._initial_states[2]})
+
+    def put_adapter(
+        self, state: State, *, held: Collection[str] = (), server_memory: State | None = None
+    ) -> ArtifactRef:
+        """Store a global adapter under its own digest.
+
+        Args:
+            state: tensors that change over the run, and what was added to the base, which becomes a part of its own.
+            held: names of tensors that the last round left as they were: a part of their own, which clients have.
+            server_memory: what the server's step is to remember.
+        """
+        apart = {name: tensor for name, tensor in state.items() if name in held}
+        base = {name: tensor for name, tensor in state.items() if is_delta(name)}
+        own = {name: tensor for name, tensor in state.items() if name not in apart and name not in base}
+        parts = AdapterParts(
+            held=self._put_part(apart), base=self._put_part(base), server=self._put_part(server_memory or {})
+        )
+        return self._put_tensors(own, parts.metadata())
+
+    def _put_part(self, state: State) -> Part | None:
+        return Part.of(self._put_tensors(state, {})) if state else None
+
+    def _put_tensors(self, state: State, metadata: Mapping[str, str]) -> ArtifactRef:
         from fedmentor_core.hashing import sha256_bytes
 
-        data = state_to_bytes(state)
+        data = state_to_bytes(state, metadata)
         return self.store.put(self.key(f"adapters/{sha256_bytes(data)}.safetensors"), data)
 
     def get_adapter(self, ref: ArtifactRef) -> State:
-        """Read and verify trained tensors."""
+        """Read and verify a global adapter: its own tensors, those that were held, and what was added to the base."""
+        store = self.store_holding(ref.key)
+        data = store.get(ref)
+        parts = AdapterParts.in_bytes(data)
+        state = state_from_bytes(data)
+        for part in (parts.held, parts.base):
+            if part is not None:
+                state |= state_from_bytes(store.get(part.beside(ref)))
+        return state
+
+    def get_update(self, ref: ArtifactRef) -> State:
+        """Read and verify a client's update: the tensors in this object and no other, whatever its header names."""
         return state_from_bytes(self.store_holding(ref.key).get(ref))
 
-    def model_with(self, adapter: ArtifactRef) -> Any:
-        """A fresh peft model with the frozen factors and this adapter loaded."""
-        model = self.new_adapter_model()
-        load_state(model, self.get_adapter(self.frozen_adapter))
-        load_state(model, self.get_adapter(adapter))
+    def parts_of(self, adapter: ArtifactRef) -> AdapterParts:
+        """What belongs to a global adapter beside its own object."""
+        return AdapterParts.in_bytes(self.store_holding(adapter.key).get(adapter))
+
+    def server_memory(self, adapter: ArtifactRef) -> State:
+        """What the server's step remembers since it made this adapter; empty before its first."""
+        part = self.parts_of(adapter).server
+        return {} if part is None else state_from_bytes(self.store.get(part.beside(adapter)))
+
+    def trained_part(self, adapter: ArtifactRef, round_index: int, domain: str) -> State:
+        """What of a global adapter a client trains in a round, as it is before the round."""
+        return trained_part(self.get_adapter(adapter), self.config.adapter_of(domain), round_index)
+
+    def model_with(self, adapter: ArtifactRef, round_index: int = 0, domain: str | None = None) -> Any:
+        """A fresh peft model with the frozen factors and this adapter loaded, ready for a round of a client."""
+        model, rank = self.new_adapter_model(round_index, domain), self.config.adapter_of(domain).rank
+        load_state(model, cut_to_rank(self.get_adapter(self.frozen_adapter), rank))
+        load_state(model, cut_to_rank(self.get_adapter(adapter), rank))
         return model
 
     def full_adapter_state(self, adapter: ArtifactRef) -> State:
-        """Frozen and trained tensors together, as peft stores them."""
+        """Frozen and trained tensors together, and what was added to the base."""
         return {**self.get_adapter(self.frozen_adapter), **self.get_adapter(adapter)}
 
     def evaluation_model_with(self, adapter: ArtifactRef) -> Any:
@@ -315,7 +404,8 @@ class Workspace:
         """
         import random
 
-        from fedmentor_core.data.encode import encode_prompts
+        from fedmentor_core.data.encode import encode_for_training, encode_prompts
+        from fedmentor_core.data.sources import answer_form_of
         from fedmentor_core.evaluation.scores import EvaluationSet
         from fedmentor_core.privacy.validation_plan import evaluated_units
 
@@ -338,7 +428,22 @@ class Workspace:
             max_length=self.config.backbone.max_length,
             max_new_tokens=evaluation.max_new_tokens,
         )
-        return EvaluationSet(domain=domain, split=split, rows=rows, prompts=prompts.input_ids)
+        targets = None
+        if evaluation.gate_data == "public":
+            targets = encode_for_training(
+                self.backbone.tokenizer,
+                rows,
+                max_length=self.config.backbone.max_length,
+                max_target_tokens=self.config.training.max_target_tokens,
+            )
+        return EvaluationSet(
+            domain=domain,
+            split=split,
+            rows=rows,
+            prompts=prompts.input_ids,
+            targets=targets,
+            form=answer_form_of(self.config.domain(domain).source),
+        )
 
     # --- plan and summaries ---------------------------------------------------------------------------------------
 
@@ -400,10 +505,46 @@ class Workspace:
         """Clients of the whole study."""
         return len(self.config.domains)
 
+    def bytes_up(self, domain: str, round_index: int | None = None) -> int:
+        """Size of a client's update in a round; None: of the largest, as a plan names it."""
+        if round_index is None:
+            return max(self.bytes_up(domain, index) for index in _ROUND_KINDS)
+        trained = trained_part(self._trained, self.config.adapter_of(domain), round_index)
+        return len(state_to_bytes(trained, update_metadata(self.ref.run_id, round_index, "0" * 64)))
+
+    def bytes_down(self, adapter: ArtifactRef, round_index: int) -> int:
+        """What a client that took part so far reads to start a round; what nobody trains travels once."""
+        base = self.parts_of(adapter).base
+        once = self.frozen_adapter.n_bytes if round_index == 0 else 0
+        return adapter.n_bytes + (0 if base is None else base.n_bytes) + once
+
     @property
-    def bytes_up(self) -> int:
-        """Size of one client's update: the same for all of a run."""
-        return len(state_to_bytes(self._trained, update_metadata(self.ref.run_id, 0, "0" * 64)))
+    def planned_bytes_down(self) -> int:
+        """Most that a client reads to start a round after the first, frozen factors and headers of parts aside."""
+        adapter = self.config.adapter
+        kinds = {trained_factors(adapter.train, index) for index in _ROUND_KINDS}
+        largest = max(
+            len(state_to_bytes({name: t for name, t in self._trained.items() if factor_of(name) in factors}))
+            for factors in kinds
+        )
+        return largest + (self._most_added_to_base() if find_rule(self.config.aggregation.rule).corrects_base else 0)
+
+    def _most_added_to_base(self) -> int:
+        """Bytes of what the rule adds to the base in all rounds at most; one client's product leaves nothing over."""
+        directions = 0 if self.n_clients == 1 else self.n_clients * self.config.adapter.rank * (self.config.rounds - 1)
+        total = 0
+        for module in modules_of(self._trained):
+            m, n = self._trained[factor_name(module, "B")].shape[0], self._trained[factor_name(module, "A")].shape[1]
+            total += 4 * min(m * n, directions * (m + n))
+        return total
+
+    def n_trainable(self) -> int:
+        """Parameters that a client trains in a round; where rounds differ, in the round that trains most."""
+        adapter = self.config.adapter
+        return max(
+            sum(int(tensor.numel()) for tensor in trained_part(self._trained, adapter, index).values())
+            for index in _ROUND_KINDS
+        )
 
     @property
     def _trained(self) -> State:
@@ -419,8 +560,7 @@ class Workspace:
             raise ConfigError(shared_ledger + ".")
         if self.config.evaluation.gate_data == "private":
             check_disjoint_units(self.data)
-        n_trainable = sum(tensor.numel() for tensor in self._trained.values())
-        bytes_up, bytes_down = self.bytes_up, len(state_to_bytes(self._trained))
+        n_trainable, bytes_down = self.n_trainable(), self.planned_bytes_down
         domains = []
         for domain in self.domains_here:
             data = self.data[domain.name]
@@ -431,14 +571,15 @@ class Workspace:
                 under_policy(domain, policy),
                 n_units=data.n_units["train"],
                 dataset_fingerprint=data.fingerprint,
-                bytes_up=bytes_up,
+                bytes_up=self.bytes_up(domain.name),
                 bytes_down=bytes_down,
                 account_in_force=ledger.account(),
                 spent_rdp=ledger.spent_rdp(),
                 runs_before=ledger.runs_charged(besides=self.ref.run_id),
             )
             plan = with_validation(plan, self.config, self.data, self.ledger, self.ref.run_id)
-            plan = plan_under_policy(plan, policy, self.config, self.backbone.sha256, self.resolved_adapter)
+            adapter = self.resolved_adapter_of(domain.name)
+            plan = plan_under_policy(plan, policy, self.config, self.backbone.sha256, adapter)
             plan = with_client_level_warning(plan, n_trainable, self.n_clients)
             other_terms = ledger.terms_refusal(Terms.of(plan))
             domains.append(plan if other_terms is None else refused(plan, other_terms))

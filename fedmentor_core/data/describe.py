@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fedmentor_core.data.loading import DomainData
 from fedmentor_core.data.text import post_key
 from fedmentor_core.data.units import SPLITS, Split
+from fedmentor_core.evaluation.labels import YES_NO
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -36,7 +37,7 @@ class SplitReport(_Frozen):
     n_rows: int
     n_units: int
     n_posts: int = Field(description="Distinct posts, by post key.")
-    labels: dict[str, int] = Field(description="Rows by label; '' is a row whose answer is no yes or no.")
+    labels: dict[str, int] = Field(description="Rows by label; '' is a row without one.")
 
 
 class DomainReport(_Frozen):
@@ -51,7 +52,7 @@ class DomainReport(_Frozen):
     rows_per_unit_max: int
     post_words: Lengths
     response_words: Lengths
-    yes_share: float | None = Field(description="Share of yes among the rows with a label; None without labels.")
+    yes_share: float | None = Field(description="Share of yes among rows labelled yes or no; None without any.")
     gold_share: float = Field(description="Share of rows whose label a person gave.")
     repairs: dict[str, int]
 
@@ -111,7 +112,7 @@ def _describe_domain(domain: DomainData, posts: dict[Split, set[str]]) -> Domain
         gold += sum(table["gold"][:])
         post_words += [len(text.split()) for text in table["post"][:]]
         response_words += [len(text.split()) for text in table["response"][:]]
-    labelled = sum(label != "" for label in labels)
+    yes_or_no = sum(label in YES_NO for label in labels)
     return DomainReport(
         name=domain.name,
         fingerprint=domain.fingerprint,
@@ -122,7 +123,7 @@ def _describe_domain(domain: DomainData, posts: dict[Split, set[str]]) -> Domain
         rows_per_unit_max=max(rows_of_unit.values()),
         post_words=_lengths(post_words),
         response_words=_lengths(response_words),
-        yes_share=labels.count("yes") / labelled if labelled else None,
+        yes_share=labels.count("yes") / yes_or_no if yes_or_no else None,
         gold_share=gold / len(labels),
         repairs={name: getattr(domain.repairs, name) for name in domain.repairs.__slots__},
     )
@@ -156,8 +157,8 @@ def render(report: DescribeReport) -> "Group":
         counts.add_column(name, justify="right")
     for domain in report.domains:
         for split, part in domain.splits.items():
-            answers = [part.labels.get(label, 0) for label in ("yes", "no", "")]
-            numbers = [part.n_rows, part.n_units, part.n_posts, *answers]
+            answers = [part.labels.get(label, 0) for label in YES_NO]
+            numbers = [part.n_rows, part.n_units, part.n_posts, *answers, part.n_rows - sum(answers)]
             counts.add_row(domain.name, split, *(f"{number:,}" for number in numbers))
         counts.add_section()
 
@@ -176,6 +177,17 @@ def render(report: DescribeReport) -> "Group":
             repairs or "none",
         )
 
+    labels = Table(title="Labels other than yes and no", title_justify="left")
+    labels.add_column("domain")
+    labels.add_column("label")
+    for split in SPLITS:
+        labels.add_column(split, justify="right")
+    for domain in report.domains:
+        known = {label for part in domain.splits.values() for label in part.labels} - {*YES_NO, ""}
+        for label in sorted(known):
+            counted = (domain.splits[split].labels.get(label, 0) for split in SPLITS)
+            labels.add_row(domain.name, label, *(f"{number:,}" for number in counted))
+
     overlap = Table(title="Overlap between domains", title_justify="left")
     overlap.add_column("domains")
     for name in ("shared posts", "shared units", "posts in different splits"):
@@ -183,7 +195,7 @@ def render(report: DescribeReport) -> "Group":
     for pair in report.overlaps:
         numbers = [pair.shared_posts, pair.shared_units, pair.shared_posts_across_splits]
         overlap.add_row(" and ".join(pair.domains), *(f"{number:,}" for number in numbers))
-    return Group(counts, shape, overlap) if report.overlaps else Group(counts, shape)
+    return Group(counts, shape, *(table for table in (labels, overlap) if table.row_count))
 
 
 def _show(lengths: Lengths) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from fedmentor_core.data.files import Record, as_records, read_csv, read_jsonl, require_columns, resolve
 from fedmentor_core.data.records import Counter, Row
 from fedmentor_core.data.sources import ColumnMapping, HubSource, TableSource
-from fedmentor_core.data.text import answer_word
 from fedmentor_core.errors import DataError
 
 
@@ -53,8 +52,7 @@ def map_rows(
     """
     names = ("post", "response", "label", "question", "reasoning", "unit")
     require_columns(where, columns, {f"columns.{name}": getattr(mapping, name) for name in names})
-    labels = {value.strip().casefold(): "yes" for value in mapping.yes_values}
-    labels |= {value.strip().casefold(): "no" for value in mapping.no_values}
+    labels, form = mapping.label_of_value(), mapping.answer_form
     rows = []
     for number, record in enumerate(records, start=1):
         label = ""
@@ -72,10 +70,10 @@ def map_rows(
         texts = (record[mapping.post], question, response, reasoning)
         post, question, response, reasoning = counter.repair(*texts)
         if mapping.response is None and label:
-            response = mapping.yes_sentence if label == "yes" else mapping.no_sentence
+            response = mapping.answer_of(label)
             response += f" Reasoning: {reasoning}" if reasoning else ""
         gold = bool(label) and mapping.label_is_gold
-        word = answer_word(response)
+        word = form.parse(response) or ""
         if gold and word and word != label:
             counter.add("answer_against_label")
         rows.append(Row(post, question, response, label or word, gold, unit))
@@ -88,8 +86,13 @@ def _label(where: str, number: int, mapping: ColumnMapping, value: str, labels: 
         return labels[text]
     if not text:
         return ""  # a row without a label and without an answer is dropped as empty
+    if mapping.labels is None:
+        allowed = f"{', '.join(mapping.yes_values)} (yes) and {', '.join(mapping.no_values)} (no)"
+        place = "columns.yes_values or columns.no_values"
+    else:
+        allowed = ", ".join([*mapping.labels, *(f"{value} ({means})" for value, means in mapping.label_values.items())])
+        place = "columns.labels or columns.label_values"
     raise DataError(
         f"{where}: row {number}, column {mapping.label!r}: a value of {len(value)} characters is not a "
-        f"known label. Allowed: {', '.join(mapping.yes_values)} (yes) and {', '.join(mapping.no_values)} "
-        "(no). Add the value to columns.yes_values or columns.no_values, or correct the row."
+        f"known label. Allowed: {allowed}. Add the value to {place}, or correct the row."
     )

@@ -14,7 +14,7 @@ class Row:
     question: str
     response: str
     label: str
-    """``"yes"``, ``"no"`` or ``""`` where the answer is not a yes or a no."""
+    """One of the domain's labels (``"yes"`` and ``"no"``, or its closed set); ``""`` where it has none."""
     gold: bool
     """Whether a person gave the label."""
     unit: str | None = None

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fedmentor_core.errors import BackboneError
+
 
 class _Hush:
     """Silences the model libraries while at least one thread asks for it; the last to leave restores."""
@@ -64,6 +66,19 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_weights(section: str, name: str, found: str, wanted: str | None) -> None:
+    """Refuse a scorer whose weights are not the ones that were asked for: its scores could not be compared.
+
+    Raises:
+        BackboneError: another digest.
+    """
+    if wanted is not None and found != wanted:
+        raise BackboneError(
+            f"{section}.sha256: the weights of {name!r} have another digest; got {found}; allowed {wanted}; get that "
+            "file, or correct the digest"
+        )
 
 
 def offline_hint(error: BaseException) -> str:

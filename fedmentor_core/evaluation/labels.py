@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 YES_NO = ("yes", "no")
 """The answer words of the three corpora's instruction form (``Yes, ... Reasoning: ...``)."""
@@ -35,6 +36,35 @@ def parse_label(text: str, answers: Sequence[str] = YES_NO) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """How a domain's answers say their label.
+
+    Attributes:
+        answers: the closed set of labels, in the form that is returned. No two may have the same words.
+        opening: what stands before the label, such as "The cause is"; empty where the label comes first.
+    """
+
+    answers: tuple[str, ...] = YES_NO
+    opening: str = ""
+
+    def parse(self, text: str) -> str | None:
+        """The label that follows the opening, else the one that the text opens with, or None.
+
+        A text without the opening counts by its first words: a model that answers with the bare label has answered.
+        """
+        words, opening = _words(text), _words(self.opening)
+        if opening and words[: len(opening)] == opening:
+            found = parse_label(" ".join(words[len(opening) :]), self.answers)
+            if found is not None:
+                return found
+        return parse_label(text, self.answers)
+
+
+YES_NO_FORM = AnswerForm()
+"""The form of the three corpora."""
+
+
 def label_accuracy(gold: Sequence[str], predicted: Sequence[str | None]) -> float:
     """Share of examples with the right label; an unparsable answer (None) is wrong.
 
@@ -49,6 +79,7 @@ def label_f1(gold: Sequence[str], predicted: Sequence[str | None]) -> float:
     """Macro F1 over the labels that occur; an unparsable answer (None) is wrong.
 
     None takes recall from its gold label and precision from none, and is no label of its own in the mean.
+    A label of a closed set that neither list has is in no mean: with few examples it may be missing by chance.
     Equals ``sklearn.metrics.f1_score(..., average="macro", zero_division=0)`` over the labels that occur in
     either list.
 
@@ -63,6 +94,11 @@ def label_f1(gold: Sequence[str], predicted: Sequence[str | None]) -> float:
         in_predicted = sum(p == label for p in predicted)
         scores.append(2 * hits / (in_gold + in_predicted))
     return sum(scores) / len(scores)
+
+
+def same_words(a: str, b: str) -> bool:
+    """Whether two answers cannot be told apart: case and punctuation are ignored when a text is read."""
+    return _words(a) == _words(b)
 
 
 def _words(text: str) -> list[str]:

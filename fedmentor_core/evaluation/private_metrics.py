@@ -15,29 +15,37 @@ from fedmentor_core.privacy.release import ReleasedMeans, UnitScores
 from fedmentor_core.records import Metrics
 
 N_SCORES = 4
-_LABELS = (*YES_NO, "")
-_ANSWERS = (*YES_NO, "other", "empty")
-CELLS = tuple((label, answer) for label in _LABELS for answer in _ANSWERS)
+_OTHER, _EMPTY = "\x00other", "\x00empty"
+"""Answers that are no label; no label can have these names, since a label has no control characters."""
 
 
-def unit_scores(scored: Sequence[RowScores], unit_of_row: Sequence[str]) -> list[UnitScores]:
+def cells(labels: Sequence[str] = YES_NO) -> tuple[tuple[str, str], ...]:
+    """The table's cells: (label or none, answer). How many there are does not matter to the sensitivity."""
+    return tuple((label, answer) for label in (*labels, "") for answer in (*labels, _OTHER, _EMPTY))
+
+
+def unit_scores(
+    scored: Sequence[RowScores], unit_of_row: Sequence[str], labels: Sequence[str] = YES_NO
+) -> list[UnitScores]:
     """One vector per unit: the mean of its rows' vectors.
 
     Args:
         scored: scored rows.
         unit_of_row: the unit each of them belongs to.
+        labels: the domain's closed set of labels.
     """
     rows_by_unit: dict[str, list[RowScores]] = {}
     for one, unit in zip(scored, unit_of_row, strict=True):
         rows_by_unit.setdefault(unit, []).append(one)
-    return [_mean(rows) for rows in rows_by_unit.values()]
+    places = cells(labels)
+    return [_mean(rows, places) for rows in rows_by_unit.values()]
 
 
-def _mean(rows: Sequence[RowScores]) -> UnitScores:
+def _mean(rows: Sequence[RowScores], places: Sequence[tuple[str, str]]) -> UnitScores:
     def mean(values: Iterable[float]) -> float:
         return sum(values) / len(rows)
 
-    cells = [(one.label, _answer(one)) for one in rows]
+    found = [(one.label, _answer(one)) for one in rows]
     return UnitScores(
         scores=(
             mean(_bounded(one.bertscore_f1) for one in rows),
@@ -45,7 +53,7 @@ def _mean(rows: Sequence[RowScores]) -> UnitScores:
             mean(float(one.safe) for one in rows),
             mean(_bounded(one.toxicity) for one in rows),
         ),
-        shares=tuple(cells.count(cell) / len(rows) for cell in CELLS),
+        shares=tuple(found.count(place) / len(rows) for place in places),
     )
 
 
@@ -55,38 +63,40 @@ def _bounded(value: float) -> float:
 
 
 def _answer(one: RowScores) -> str:
-    return one.answer or ("other" if one.output else "empty")
+    return one.answer or (_OTHER if one.output else _EMPTY)
 
 
-def metrics_of_means(means: ReleasedMeans, n_units: int) -> Metrics:
+def metrics_of_means(means: ReleasedMeans, n_units: int, labels: Sequence[str] = YES_NO) -> Metrics:
     """Everything that is published of a private set, from the noised vector and the public number of units.
 
     The mean is over units. ``toxicity_max`` is withheld: one row decides it. ``n_examples`` counts units, since how
     many rows they have is private.
     """
     bertscore_f1, rouge_l, safe_rate, toxicity_mean = means.scores
-    table = dict(zip(CELLS, means.shares, strict=True))
+    table = dict(zip(cells(labels), means.shares, strict=True))
     return Metrics(
         bertscore_f1=bertscore_f1,
         rouge_l=rouge_l,
-        label_f1=_label_f1(table, means.std),
+        label_f1=_label_f1(table, means.std, labels),
         safe_rate=safe_rate,
         toxicity_mean=toxicity_mean,
         toxicity_max=None,
-        empty_rate=sum(share for (_, answer), share in table.items() if answer == "empty"),
+        empty_rate=sum(share for (_, answer), share in table.items() if answer == _EMPTY),
         n_examples=n_units,
     )
 
 
-def _label_f1(table: dict[tuple[str, str], float], std: float) -> float:
+def _label_f1(table: dict[tuple[str, str], float], std: float, labels: Sequence[str]) -> float:
     """``labels.label_f1`` from shares: macro F1 over the labels that occur among labelled rows.
 
-    A label whose share the noise alone would explain does not occur: its F1 would be one of noise, and half the mean.
+    A label whose share the noise alone would explain does not occur: its F1 would be one of noise, and a part of the
+    mean. With K labels a share is summed from 2 K + 2 cells, none below 0, so what noise leaves in it grows with K.
     """
     scores = []
-    for label in YES_NO:
-        in_gold = sum(table[label, answer] for answer in _ANSWERS)
-        in_answers = sum(table[gold, label] for gold in YES_NO)
-        if in_gold + in_answers > std:
+    noise = std * (len(labels) + 1) / (len(YES_NO) + 1)
+    for label in labels:
+        in_gold = sum(table[label, answer] for answer in (*labels, _OTHER, _EMPTY))
+        in_answers = sum(table[gold, label] for gold in labels)
+        if in_gold + in_answers > noise:
             scores.append(2 * table[label, label] / (in_gold + in_answers))
     return sum(scores) / len(scores) if scores else 0.0

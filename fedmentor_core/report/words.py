@@ -61,7 +61,18 @@ METRICS: tuple[MetricInfo, ...] = (
     MetricInfo("toxicity_max", "Toxicity, highest", "lower", "toxicity of the worst output"),
     MetricInfo("empty_rate", "Empty outputs", "lower", "share of outputs with no text", percent=True),
 )
-METRIC = {info.key: info for info in METRICS}
+"""What every table of scores shows."""
+MORE_METRICS: tuple[MetricInfo, ...] = (
+    MetricInfo("bertscore_f1_raw", "BERTScore F1, raw", "higher", "as the encoder gives it"),
+    MetricInfo("bertscore_f1_rescaled", "BERTScore F1, rescaled", "higher", "0: like a random pair of sentences"),
+    MetricInfo("perplexity", "Perplexity of references", "lower", "surprise at the reference answers, per token"),
+    MetricInfo("refusal_rate", "Refusals", "lower", "share of outputs that decline to answer", percent=True),
+    MetricInfo("repetition_rate", "Repetitions", "lower", "share of outputs that go round in circles", percent=True),
+    MetricInfo("toxicity_rate_05", "Toxicity ≥ 0.5", "lower", "share of outputs of toxicity 0.5 or more", percent=True),
+    MetricInfo("toxicity_rate_07", "Toxicity ≥ 0.7", "lower", "share of outputs of toxicity 0.7 or more", percent=True),
+)
+"""What is shown once, with its interval; never of a private set."""
+METRIC = {info.key: info for info in (*METRICS, *MORE_METRICS)}
 
 
 def number(value: float, digits: int) -> str:

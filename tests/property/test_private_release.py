@@ -14,7 +14,7 @@ from scipy.stats import beta, chisquare, kstest
 from fedmentor_core.config import StudyConfig
 from fedmentor_core.config_io import validate_config
 from fedmentor_core.evaluation.evaluate import metrics_of_rows
-from fedmentor_core.evaluation.private_metrics import CELLS, N_SCORES, metrics_of_means, unit_scores
+from fedmentor_core.evaluation.private_metrics import N_SCORES, cells, metrics_of_means, unit_scores
 from fedmentor_core.evaluation.scores import RowScores
 from fedmentor_core.privacy import discrete_gaussian, release
 from fedmentor_core.privacy.accountant import calibrate_at_order, epsilon_rdp
@@ -291,7 +291,7 @@ def test_released_mean_has_the_standard_deviation_that_is_told() -> None:
     told = std_of_mean(noise, N_SCORES, len(below))
     drawn = [release_means(below, noise, discrete_gaussian.secret_dice()) for _ in range(n)]
     assert all(one.std == told for one in drawn)
-    assert len(drawn[0].shares) == len(CELLS)
+    assert len(drawn[0].shares) == len(cells())
     values = [one.scores[0] for one in drawn]
     mean = sum(values) / n
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))

@@ -6,6 +6,13 @@ from fedmentor_core.config import StudyConfig
 from fedmentor_core.records import StudySummary
 from fedmentor_core.report import words
 
+_TRAINED = {
+    "b": "B only, A frozen and shared (FFA-LoRA)",
+    "both": "A and B",
+    "alternate": "B in even rounds and A in odd ones (RoLoRA)",
+    "core": "a small core between frozen A and B (Fed-SB)",
+}
+
 
 def settings_yaml(config: StudyConfig) -> str:
     """Every setting as YAML that ``fedmentor run --config`` reads; passwords in URLs are blanked."""
@@ -16,7 +23,7 @@ def settings_yaml(config: StudyConfig) -> str:
 def identities(summary: StudySummary) -> list[tuple[str, str]]:
     """What exactly was run and what scored it."""
     backbone, adapter = summary.backbone, summary.adapter
-    trained = "B only, A frozen and shared (FFA-LoRA)" if adapter.train == "b" else "A and B"
+    trained = _TRAINED[adapter.train]
     pairs = [
         ("Backbone", f"{backbone.name}, {backbone.n_parameters:,} parameters"),
         ("Backbone revision", backbone.revision or ""),
@@ -27,8 +34,10 @@ def identities(summary: StudySummary) -> list[tuple[str, str]]:
             f"trains {trained}: {adapter.n_trainable:,} parameters, {words.show_bytes(adapter.n_bytes)}",
         ),
         ("BERTScore by", summary.scorers.bertscore),
+        ("Rescaled BERTScore by", summary.scorers.bertscore_rescaled or ""),
         ("ROUGE-L by", summary.scorers.rouge),
         ("Toxicity by", summary.scorers.toxicity),
+        ("Refusals by", summary.scorers.refusals or ""),
         ("An output is safe when", f"its toxicity is below {summary.scorers.safe_threshold:g}"),
         ("Settings sha256", summary.config_sha256),
         ("Run", summary.run_id),

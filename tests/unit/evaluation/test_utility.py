@@ -39,11 +39,41 @@ def test_rouge_l_by_hand(scorer: UtilityScorer) -> None:
 
 @pytest.mark.parametrize("blank", ["", "   ", "\n\t", "\u200b", "\u00a0 \x00"])
 def test_blank_texts_score_zero(scorer: UtilityScorer, blank: str, capfd: pytest.CaptureFixture[str]) -> None:
-    zero = UtilityScore(0.0, 0.0)
+    zero = UtilityScore(0.0, 0.0, 0.0, 0.0)
     scores = scorer.score([blank, REFERENCE, blank, PARAPHRASE], [REFERENCE, blank, blank, REFERENCE])
     assert scores[:3] == [zero, zero, zero]
     assert scores[3].bertscore_f1 > 0.5
     assert capfd.readouterr().err == ""
+
+
+def test_raw_and_rescaled_are_both_told_and_the_configuration_chooses(scorer: UtilityScorer) -> None:
+    baseline = scorer.identity.baseline_f1
+    assert baseline is not None
+    assert 0.3 < baseline < 0.6
+    rescaling = UtilityScorer(BertScoreConfig(rescale_with_baseline=True))
+    for text in (REFERENCE, PARAPHRASE, UNRELATED):
+        (raw,), (rescaled,) = scorer.score([text], [REFERENCE]), rescaling.score([text], [REFERENCE])
+        assert raw.bertscore_f1 == raw.bertscore_f1_raw == pytest.approx(rescaled.bertscore_f1_raw)
+        assert rescaled.bertscore_f1 == rescaled.bertscore_f1_rescaled == pytest.approx(raw.bertscore_f1_rescaled)
+        assert raw.bertscore_f1_rescaled == pytest.approx((raw.bertscore_f1 - baseline) / (1 - baseline))
+    assert raw.bertscore_f1_rescaled == pytest.approx(0, abs=0.3)  # the last text is unrelated
+    assert "rescaled" not in scorer.identity.bert_score_hash
+    assert rescaling.identity.bert_score_hash == scorer.identity.rescaled_hash
+    assert "-custom-rescaled" in str(scorer.identity.rescaled_hash)
+
+
+def test_random_pairs_of_invented_sentences_lie_near_the_baseline(scorer: UtilityScorer) -> None:
+    """Other text than the baseline was made of: unrelated sentences must come out around 0, equal ones at 1."""
+    pairs = [
+        ("The kettle is on the stove and the tea is almost ready.", "My brother sold his old car in spring."),
+        ("We walked along the river until it was dark.", "The invoice must be paid within thirty days."),
+        ("She plays the violin in a small orchestra.", "Rain is expected in the north tomorrow."),
+        ("I forgot my umbrella on the bus.", "The museum shows paintings of the last century."),
+        ("He learned to cook from his grandmother.", "The printer on the second floor has no paper."),
+        ("The dog sleeps under the kitchen table.", "Tickets can be bought at the counter or online."),
+    ]
+    found = [one.bertscore_f1_rescaled for one in scorer.score([a for a, _ in pairs], [b for _, b in pairs])]
+    assert abs(sum(value or 0.0 for value in found) / len(found)) < 0.15
 
 
 def test_no_pairs_and_unequal_lengths(scorer: UtilityScorer) -> None:
@@ -90,7 +120,9 @@ def test_a_local_folder_scores_as_the_embedded_one(scorer: UtilityScorer, tmp_pa
     folder.parent.mkdir()
     folder.symlink_to(embedded_encoder_folder(), target_is_directory=True)
     local = UtilityScorer(BertScoreConfig(model=str(folder), num_layers=5))
-    assert local.score([PARAPHRASE], [REFERENCE]) == pytest.approx(scorer.score([PARAPHRASE], [REFERENCE]))
+    (here,), (there,) = local.score([PARAPHRASE], [REFERENCE]), scorer.score([PARAPHRASE], [REFERENCE])
+    assert (here.bertscore_f1, here.rouge_l) == (there.bertscore_f1, there.rouge_l)
+    assert here.bertscore_f1_rescaled is None  # whose weights they are is not known, so neither is their baseline
     assert local.identity.weights_sha256 == scorer.identity.weights_sha256
 
 
@@ -119,7 +151,6 @@ def test_a_hub_encoder_that_is_not_there_offline(monkeypatch: pytest.MonkeyPatch
     [
         {"num_layers": 0},
         {"num_layers": 7},
-        {"rescale_with_baseline": True},
         {"batch_size": 0},
         {"device": "gpu"},
         {"layer": 3},
