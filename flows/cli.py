@@ -13,7 +13,9 @@ import typer
 from fedmentor_core import __version__
 from fedmentor_core.discretion import WithheldError, failure_reason, places_of, texts_withheld
 from fedmentor_core.errors import ConfigError, FedMentorError
+from flows.compare_cli import compare
 from flows.site_cli import site_app
+from flows.track import track, try_to_catch_up
 
 if TYPE_CHECKING:
     from fedmentor_core.config import StorageConfig, StudyConfig
@@ -31,6 +33,8 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at a study's data, or fetch a public corpus.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(site_app, name="site")
+app.command()(track)
+app.command()(compare)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "infra" / "configs"
 DEFAULT_CONFIG = CONFIGS / "quickstart.yaml"
@@ -93,6 +97,8 @@ def run(
     from flows.environment import prepare_environment
 
     prepare_environment(folder)
+    if caught_up := try_to_catch_up(folder):
+        print(caught_up, file=sys.stderr)
     summary = _finished(study, folder)
     if summary is None:
         summary = _run(study, folder, "quiet" if quiet or as_json else "plain" if plain else "auto")
@@ -192,13 +198,12 @@ def ledger(
     """
     from fedmentor_core.privacy.ledger_report import read_ledgers
     from fedmentor_core.storage.base import open_store
+    from fedmentor_core.study_ref import ledgers_url
 
     if (store is None) == (out is None):
         raise ConfigError("give exactly one of --store URL and --out DIR. Example: --out runs/quickstart")
     if out is not None:
-        if not (out / "store").is_dir():
-            raise ConfigError(f"{out} holds no store. Give a study's output folder, or --store URL.")
-        store = (out.resolve() / "store").as_uri()
+        store = ledgers_url(out)
     settings = _storage_settings(
         endpoint_url=endpoint_url, encryption_key_file=None if encryption_key_file is None else str(encryption_key_file)
     )
@@ -483,8 +488,11 @@ def up(
     ] = None,
     prefect_port: Annotated[int | None, typer.Option(help="Default 4200.")] = None,
     mlflow_port: Annotated[int | None, typer.Option(help="Default 5000.")] = None,
-    s3_port: Annotated[int | None, typer.Option(help="Default 9000. The S3 server is for trying: it forgets.")] = None,
+    s3_port: Annotated[int | None, typer.Option(help="Default 9000; the seven ports that follow too.")] = None,
     s3_endpoint: Annotated[str | None, typer.Option(help="Use this S3-compatible server; start none.")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="s3 (default) or folder: artifacts in folders of the stack's own.")
+    ] = None,
     database: Annotated[str | None, typer.Option(help="sqlite (default) or postgresql.")] = None,
     postgres_url: Annotated[
         str | None, typer.Option(help="postgresql://USER@HOST:PORT/postgres; better: FEDMENTOR_POSTGRES_URL.")
@@ -506,6 +514,7 @@ def up(
         "mlflow_port": mlflow_port,
         "s3_port": s3_port,
         "s3_endpoint": s3_endpoint,
+        "store": store,
         "database": database,
         "start_timeout_seconds": timeout,
     }

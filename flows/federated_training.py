@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow, unmapped
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.runtime import flow_run
 
 from fedmentor_core.champion import Champion
 from fedmentor_core.config import StudyConfig
 from fedmentor_core.discretion import discreet
 from fedmentor_core.errors import LedgerError, SiteError
 from fedmentor_core.privacy.validation_plan import SetName
+from fedmentor_core.progress import ProgressEvent
 from fedmentor_core.records import (
     ArtifactRef,
     ClientAssignment,
@@ -26,6 +27,7 @@ from fedmentor_core.records import (
     GateVerdict,
     ModelSummary,
     RoundManifest,
+    SafetyEvaluation,
     StudyPlan,
     StudySummary,
 )
@@ -33,17 +35,20 @@ from fedmentor_core.steps import report_failure, settle_plan
 from fedmentor_core.study import Evaluations, run_study
 from fedmentor_core.study_ref import StudyRef, open_study
 from fedmentor_core.workspace import Workspace, workspace_of
-from flows.outputs import write_outputs
+from flows.finishing import NOT_REGISTERED, finish, start_tracking
+from flows.task_runners import machines, mapped_to_machines, thread_runner
 from tasks import reporting
 from tasks.aggregation import aggregate
 from tasks.auditing import audit_is_due, audit_study, objections
 from tasks.champion import fix_the_champion
 from tasks.client_training import train_client
-from tasks.evaluation import evaluate_domain, gate
-from tasks.listening import InterruptedByUserError, tell
+from tasks.evaluation import evaluate_domain, evaluate_safety, gate
+from tasks.listening import InterruptedByUserError, tell_and_log
+from tasks.reference import fix_the_reference
 from tasks.registration import register_adapter
+from tasks.registry_client import RegistrySilentError
 from tasks.sites import plan_at_site
-from tasks.tracking import Tracker, open_tracking, reference_metrics
+from tasks.tracking import Tracker
 
 
 class PrefectEngine:
@@ -56,11 +61,14 @@ class PrefectEngine:
         self.tracker = tracker
         self.progress_id = progress_id
         self.warnings: tuple[str, ...] = ()
+        self._behind = False
+        if tracker is not None:
+            self._tell_of_tracking()
 
     def in_round(self, round_index: int, body: Callable[[], RoundManifest]) -> RoundManifest:
         """A round is a sub-flow, so that it shows as one in the UI."""
         waiting = len(self.workspace.domains_at_sites)  # threads that wait for a site train nothing here
-        runner: Any = ThreadPoolTaskRunner(max_workers=self.ref.config.execution.max_parallel_clients + waiting)
+        runner = thread_runner(self.ref.config.execution, waiting=waiting)
 
         @flow(
             name="round",
@@ -91,10 +99,11 @@ class PrefectEngine:
     def train(self, assignments: Sequence[ClientAssignment]) -> list[ClientUpdate]:
         """``train_client.map`` over the clients; one that fails for good is a fact about the round."""
         retrying = train_client.with_options(retries=self.ref.config.execution.client_retries)
-        futures = retrying.map(unmapped(self.ref), list(assignments))
+        with mapped_to_machines(self.ref.config.execution):
+            futures = retrying.map(unmapped(self.ref), list(assignments))
+            results = [future.result(raise_on_failure=False) for future in futures]
         updates = []
-        for future, assignment in zip(futures, assignments, strict=True):
-            result = future.result(raise_on_failure=False)
+        for result, assignment in zip(results, assignments, strict=True):
             if isinstance(result, LedgerError | InterruptedByUserError):
                 raise result
             if isinstance(result, BaseException):
@@ -109,19 +118,23 @@ class PrefectEngine:
     def evaluate(self, adapter: ArtifactRef, split: SetName) -> Evaluations:
         """``evaluate_domain.map`` over the domains."""
         names = [domain.name for domain in self.ref.config.domains]
-        futures = evaluate_domain.map(unmapped(self.ref), unmapped(adapter), names, unmapped(split))
-        return [future.result() for future in futures]
+        with mapped_to_machines(self.ref.config.execution):
+            futures = evaluate_domain.map(unmapped(self.ref), unmapped(adapter), names, unmapped(split))
+            return [future.result() for future in futures]
+
+    def safety(self, adapter: ArtifactRef) -> SafetyEvaluation | None:
+        """The safety prompts' task; no task where none are configured."""
+        if self.ref.config.evaluation.safety_prompts is None:
+            return None
+        return evaluate_safety(self.ref, adapter)
 
     def gate(self, metrics: EvaluationMetrics, comparisons: dict[str, EvaluationMetrics | None]) -> GateVerdict:
         """The gate task."""
         return gate(self.ref, metrics, dict(comparisons))
 
     def reference(self) -> EvaluationMetrics | None:
-        """Gate metrics of the configured MLflow run."""
-        run_id = self.ref.config.tracking.reference_run_id
-        if run_id is None:
-            return None
-        return reference_metrics(tracking_uri_of(self.ref), run_id, [domain.name for domain in self.ref.config.domains])
+        """Gate metrics of the configured MLflow run, fixed when the study first read them."""
+        return fix_the_reference(self.ref, tracking_uri_of(self.ref))
 
     def champion(self) -> Champion | None:
         """The registry's champion, fixed when the study first started."""
@@ -131,9 +144,19 @@ class PrefectEngine:
         """MLflow runs and Prefect artifacts of a committed round."""
         if self.tracker is not None:
             self.tracker.log_round(manifest.summary)
+            self._tell_of_tracking(manifest.round_index)
         reporting.round_artifacts(manifest, private=self.ref.config.is_private)
         done = 100.0 * (manifest.round_index + 1) / self.ref.config.rounds
         reporting.update_progress_artifact(artifact_id=self.progress_id, progress=done)
+
+    def _tell_of_tracking(self, round_index: int | None = None) -> None:
+        """Say that MLflow does not answer, and when it does again."""
+        assert self.tracker is not None
+        behind = bool(self.tracker.owed)
+        if behind != self._behind:
+            said = "MLflow does not answer; training goes on" if behind else "MLflow answers again and has everything"
+            tell_and_log(ProgressEvent("prepare" if round_index is None else "gate", said, round_index=round_index))
+        self._behind = behind
 
     def register(self, summary: StudySummary, adapter: ArtifactRef) -> ModelSummary | None:
         """Register the adapter; the verdicts of gate and audit decide whether it becomes champion."""
@@ -145,10 +168,20 @@ class PrefectEngine:
             return None
         audit = audit_study(self.ref) if due else None
         self.warnings = objections(audit) if audit is not None else ()
-        with tempfile.TemporaryDirectory() as folder:
-            return register_adapter(
-                self.ref, summary, adapter, self.tracker.tracking_uri, self.tracker.run_id, folder, audit
-            )
+        self.tracker.catch_up(at_once=True)
+        if not self.tracker.run_id:
+            return self._registration_waits("MLflow has not answered since the study started")
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                return register_adapter(
+                    self.ref, summary, adapter, self.tracker.tracking_uri, self.tracker.run_id, folder, audit
+                )
+        except RegistrySilentError as error:
+            return self._registration_waits(str(error))
+
+    def _registration_waits(self, reason: str) -> None:
+        """No model yet: 'fedmentor track', or the next start, registers it."""
+        self.warnings = (*self.warnings, f"{NOT_REGISTERED} ({reason.rstrip('.')}). 'fedmentor track --out DIR' does.")
 
 
 @flow(
@@ -169,7 +202,9 @@ def federated_training(config: StudyConfig, out_dir: str) -> StudySummary:
     """
     ref = open_study(config, out_dir)
     workspace = workspace_of(ref)
-    tracker = _start_tracking(ref, workspace) if config.tracking.enabled else None
+    tracker = None
+    if config.tracking.enabled:
+        tracker = start_tracking(ref, workspace, tracking_uri_of(ref), flow_run.id)
     status: Any = "FAILED"
     try:
         engine = PrefectEngine(ref, workspace, tracker, reporting.start_progress(ref.run_id))
@@ -177,26 +212,17 @@ def federated_training(config: StudyConfig, out_dir: str) -> StudySummary:
         reporting.plan_artifact(ref.run_id, plan, private=config.is_private)
         if tracker is not None:
             tracker.log_datasets(plan.domains)
-        summary = run_study(ref, engine, tell)
+        with machines(config.execution):
+            summary = run_study(ref, engine, tell_and_log)
         summary = summary.model_copy(update={"warnings": (*summary.warnings, *engine.warnings)})
-        if tracker is not None:
-            summary = summary.model_copy(
-                update={
-                    "tracking_uri": tracker.tracking_uri,
-                    "mlflow_run_id": tracker.run_id,
-                    "warnings": (*summary.warnings, *tracker.warnings),
-                }
-            )
-        outputs = write_outputs(ref, workspace, summary)
-        if tracker is not None:
-            tracker.log_final(summary, config_yaml=outputs.config_yaml, report=outputs.report, ledger=outputs.ledger)
-        reporting.final_artifact(summary, str(outputs.report))
+        summary = finish(ref, workspace, summary, tracker)
+        reporting.final_artifact(summary, str(Path(ref.out_dir) / "report.html"))
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit, InterruptedByUserError):
         status = "KILLED"
         raise
     finally:
-        if tracker is not None:
+        if tracker is not None and status != "FINISHED":
             tracker.end_study_run(status)
     return summary
 
@@ -205,17 +231,3 @@ def tracking_uri_of(ref: StudyRef) -> str:
     """Where MLflow keeps this study's runs: as configured, else the server of MLFLOW_TRACKING_URI, else beside them."""
     given = ref.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     return given or f"sqlite:///{Path(ref.out_dir).resolve() / 'mlflow.db'}"
-
-
-def _start_tracking(ref: StudyRef, workspace: Workspace) -> Tracker:
-    from prefect.runtime import flow_run
-
-    tracker = open_tracking(ref.config, tracking_uri_of(ref))
-    backbone = workspace.backbone_summary()
-    tracker.start_study_run(
-        ref.config,
-        ref.run_id,
-        flow_run_id=flow_run.id,
-        facts={"backbone.loaded_sha256": backbone.sha256, "backbone.n_parameters": backbone.n_parameters},
-    )
-    return tracker

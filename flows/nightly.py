@@ -12,15 +12,17 @@ from prefect import flow
 
 from fedmentor_core.config import StudyConfig
 from fedmentor_core.discretion import discreet
-from fedmentor_core.errors import BudgetError, FedMentorError, OutputExistsError
+from fedmentor_core.errors import BudgetError, FedMentorError, OutputExistsError, SiteError
 from fedmentor_core.nights import NightReport, check_nightly, domain_nights, domains_with_news, why_not_tonight
+from fedmentor_core.progress import ProgressEvent
 from fedmentor_core.records import StudyPlan, StudySummary
 from fedmentor_core.study_ref import StudyRef, claim_study, find_study
 from fedmentor_core.workspace import Workspace, workspace_of
 from flows.federated_training import PrefectEngine, federated_training, tracking_uri_of
-from flows.night_folders import next_night, only_one_night, unfinished_night, write_report
+from flows.night_folders import next_night, nights, only_one_night, unfinished_night, write_report
+from flows.track import try_to_catch_up
 from tasks.champion import champion_data
-from tasks.listening import InterruptedByUserError
+from tasks.listening import InterruptedByUserError, tell
 from tasks.night_report import night_artifact
 
 
@@ -66,6 +68,9 @@ def nightly_command(config: StudyConfig, root: Path) -> NightReport:
 
 def _night(config: StudyConfig, root: Path) -> NightReport:
     assert config.tracking.uri is not None  # ``night_config`` set it
+    for folder in nights(root):  # the champion may be a night that MLflow has not heard of yet
+        if caught_up := try_to_catch_up(folder):
+            tell(ProgressEvent("prepare", caught_up))
     champion = champion_data(config.tracking.uri, config.tracking.registered_model)
     ref = _unfinished(config, root)
     resumed = ref is not None
@@ -81,13 +86,14 @@ def _night(config: StudyConfig, root: Path) -> NightReport:
     )
     try:
         plan = _plan(ref, resumed)
-    except BudgetError as error:
-        return write_report(Path(ref.out_dir), report.model_copy(update={"outcome": "no_budget", "reason": str(error)}))
+    except (BudgetError, SiteError) as error:
+        outcome = "site_down" if isinstance(error, SiteError) else "no_budget"
+        return write_report(Path(ref.out_dir), report.model_copy(update={"outcome": outcome, "reason": str(error)}))
     news = domains_with_news(
         {one.domain: one.dataset_fingerprint for one in plan.domains},
         None if champion is None else champion.fingerprints,
     )
-    skip = None if resumed else why_not_tonight(plan, news, None if champion is None else champion.version)
+    skip = None if resumed else why_not_tonight(plan, news, report.champion_before, config)
     if skip is not None:
         outcome, reason = skip
         report = report.model_copy(update={"outcome": outcome, "reason": reason, "domains": domain_nights(plan, news)})
@@ -120,6 +126,7 @@ def _plan(ref: StudyRef, resumed: bool) -> StudyPlan:
 
     Raises:
         BudgetError: no domain can train.
+        SiteError: too few sites answered.
     """
     workspace = workspace_of(ref)
     if workspace.domains_at_sites:
@@ -129,6 +136,8 @@ def _plan(ref: StudyRef, resumed: bool) -> StudyPlan:
 
 def _why(summary: StudySummary) -> str:
     """Why a study whose gate passed ended as it did."""
+    if summary.model is None:
+        return "the gate passed, and its adapter is registered as soon as MLflow answers"
     return {"promoted": "every threshold passed", "budget_exhausted": "every client rested"}.get(
         summary.status, "the gate passed, and the registry held it back: see its tag fedmentor.held"
     )

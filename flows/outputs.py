@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from fedmentor_core.config import StudyConfig
 from fedmentor_core.privacy.ledger import ledger_domains
 from fedmentor_core.privacy.ledger_view import LedgerView
 from fedmentor_core.records import StudySummary
@@ -36,11 +37,16 @@ def write_outputs(ref: StudyRef, workspace: Workspace, summary: StudySummary) ->
     report = out / "report.html"
     accounts = ledger_views(workspace)
     write_report(report, summary, ref.config, samples, round_samples=by_round, accounts=accounts)
-    config_yaml = yaml.safe_dump(ref.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    config_yaml = study_yaml(ref.config)
     write_text(out / "config.yaml", config_yaml)
     path = out / "summary.json"
     write_text(path, summary.model_dump_json(by_alias=True, indent=2) + "\n")
     return Outputs(path, report, config_yaml, ledger_snapshot(accounts))
+
+
+def study_yaml(config: StudyConfig) -> str:
+    """The whole configuration, defaults included, as ``config.yaml`` holds it."""
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def ledger_views(workspace: Workspace) -> list[LedgerView]:

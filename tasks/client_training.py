@@ -5,7 +5,9 @@ decides, never Prefect's cache: results are neither cached nor persisted. Prefec
 task is ``discreet``.
 """
 
-from prefect import task
+import sys
+
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from fedmentor_core.discretion import discreet
@@ -13,6 +15,7 @@ from fedmentor_core.records import ClientAssignment, ClientUpdate
 from fedmentor_core.steps import train_one
 from fedmentor_core.study_ref import StudyRef
 from fedmentor_core.workspace import workspace_of
+from tasks.gpu_slots import prefect_slot
 from tasks.listening import tell
 from tasks.policies import worth_retrying
 from tasks.sites import deliver
@@ -29,5 +32,16 @@ from tasks.sites import deliver
 )
 @discreet
 def train_client(ref: StudyRef, assignment: ClientAssignment) -> ClientUpdate:
-    """One client's part of a round: charge, train, store, release; in this process, or at the domain's site."""
-    return train_one(workspace_of(ref), assignment, tell, deliver)
+    """One client's part of a round: charge, train, store, release; on this machine, or at the domain's site."""
+    _log_place(assignment)
+    is_here = ref.config.domain(assignment.domain).site is None
+    with prefect_slot(ref.config.execution.gpu_limit if is_here else None):
+        return train_one(workspace_of(ref), assignment, tell, deliver)
+
+
+def _log_place(assignment: ClientAssignment) -> None:
+    """Say in the task's log, which Prefect shows, which machine of a Ray cluster it was given to."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        node = ray.get_runtime_context().get_node_id()
+        get_run_logger().info("client %s trains on Ray node %s", assignment.domain, node)

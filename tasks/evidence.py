@@ -5,7 +5,8 @@ Evidence is a tag that names what it speaks of by digest, and it is stale when t
 - the gate's verdict, when it judged another adapter than the registered one;
 - the registered files, when they no longer have the digest they were registered with;
 - an audit, when it audited another mechanism;
-- the ledger, when an account's chain is broken or no longer holds the entry that was its newest at registration.
+- the ledger, when an account's chain is broken or no longer holds the entry that was its newest at registration; of an
+  account at a site, when no entry is named that the site signed.
 
 Each is checked at every promotion, also of a version that passed long ago.
 """
@@ -95,7 +96,7 @@ def _of_ledger(tags: Mapping[str, str]) -> str:
     except ValidationError:
         return "what it says of its ledger cannot be read"
     charged = [one.domain for one in promises if one.noise_multiplier_first is not None]
-    missing = [one for one in charged if one not in heads or not (heads[one].sha256 or heads[one].site)]
+    missing = [one for one in charged if one not in heads or not heads[one].sha256]
     if missing or (tags.get(PRIVATE_TAG) == "true" and not promises):
         return f"it shows no ledger that paid for {', '.join(missing) or 'it'}"
     if not heads:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from fedmentor_core.config import TrackingConfig
 from fedmentor_core.errors import ConfigError, FedMentorError
 from fedmentor_core.records import ModelSummary
+from tasks.mlflow_connection import mlflow_client, no_answer, quoted
 from tasks.registration_records import MOST_TAG_CHARACTERS
-from tasks.tracking import mlflow_client, quoted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,6 +24,10 @@ class RegistryError(FedMentorError):
     """The registry could not be written or does not show what was written."""
 
 
+class RegistrySilentError(RegistryError):
+    """The registry does not answer just now; what was begun can be finished later."""
+
+
 @contextlib.contextmanager
 def registry_errors(action: str) -> Iterator[None]:
     """Turn MLflow's and the network's errors into ones that say what was being done."""
@@ -33,7 +37,8 @@ def registry_errors(action: str) -> Iterator[None]:
         yield
     except (MlflowException, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise RegistryError(
+        kind = RegistrySilentError if no_answer(error) else RegistryError
+        raise kind(
             f"MLflow could not {action}: {lines[0][:300].rstrip('.')}. "
             "Run the same command again: it finishes what was begun."
         ) from error

@@ -5,24 +5,23 @@ a mapped task it would silently open a new run. Everything here can be called ag
 found by their tags, and a round's metrics carry that round run's start time, so writing twice gives the same
 rows.
 
-Losing the tracking server must not lose a study. ``open_tracking`` and ``start_study_run`` raise, because
-they run before any budget is spent; every later call is best effort and adds to ``Tracker.warnings`` instead.
+Losing the tracking server must not lose a study. What MLflow does not take is owed: it is kept, in order, and tried
+again with whatever is logged next, so that a server that comes back gets all it has missed. What is still owed when the
+study ends is logged from its store by ``flows/track.py``.
 
 Only what is in ``fedmentor_core.records`` is logged: public values, never rows or their profile.
 """
 
 import functools
 import json
-import logging
-import os
 import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
-from urllib.parse import urlsplit, urlunsplit
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedmentor_core.config import StudyConfig
 from fedmentor_core.config_io import config_sha256
@@ -31,9 +30,23 @@ from fedmentor_core.records import (
     ClientSummary,
     DomainPlan,
     EvaluationMetrics,
-    Metrics,
     RoundSummary,
     StudySummary,
+)
+from tasks.debts import Debts
+from tasks.mlflow_connection import cut, redact, unusable
+from tasks.mlflow_connection import mlflow_client as mlflow_client
+from tasks.mlflow_connection import quoted as quoted
+from tasks.mlflow_connection import sqlite_path as sqlite_path
+from tasks.tracked_values import (
+    MAX_PARAM_CHARS,
+    client_metrics,
+    final_metrics,
+    final_tags,
+    flatten,
+    round_metrics,
+    round_tags,
+    scores,
 )
 
 if TYPE_CHECKING:
@@ -45,76 +58,13 @@ ROLE_TAG = "fedmentor.role"
 ROUND_TAG = "fedmentor.round"
 CLIENT_TAG = "fedmentor.client"
 PARENT_TAG = "mlflow.parentRunId"
-MAX_PARAM_CHARS = 500
 MAX_TAG_CHARS = 5000
+BEHIND = "tracking is behind"
+"""How the warning begins that something is owed to MLflow."""
 _BATCH = 100  # MLflow's limit on the params or tags of one call
 _DIGEST_CHARS = 36  # MLflow's limit on a dataset's digest
-_REFERENCE_METRICS = tuple(name for name in Metrics.model_fields if name != "toxicity_max")
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
-P = ParamSpec("P")
-
-
-def mlflow_client(tracking_uri: str, *, must_exist: bool = False) -> "MlflowClient":
-    """Return a client for ``tracking_uri``, with MLflow's telemetry and start-up chatter switched off.
-
-    Args:
-        tracking_uri: ``sqlite:////absolute/file.db``, another database URI, or an ``http(s)://`` server.
-        must_exist: Refuse a sqlite file that is not there, rather than creating an empty database.
-
-    Raises:
-        ConfigError: the URI cannot be a tracking store.
-    """
-    _check_uri(tracking_uri, must_exist=must_exist)
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # MLflow's 7 take minutes to give up
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # a uv.lock in the working folder is none of ours
-    for name in ("alembic", "mlflow.store", "mlflow.tracking", "mlflow.models", "mlflow.pyfunc"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from mlflow import MlflowClient
-
-    try:
-        return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)  # opens a database at once
-    except Exception as error:
-        raise _unreachable(tracking_uri, error) from error
-
-
-def _unreachable(tracking_uri: str, error: BaseException) -> ConfigError:
-    return ConfigError(
-        f"MLflow at {_redact(tracking_uri)} cannot be used: {_first_line(error)}. "
-        "Check the tracking URI, or run with --set tracking.enabled=false."
-    )
-
-
-def sqlite_path(tracking_uri: str) -> Path | None:
-    """The file behind a sqlite URI; None for any other store."""
-    prefix = "sqlite:///"
-    return Path(tracking_uri.removeprefix(prefix)) if tracking_uri.startswith(prefix) else None
-
-
-def _check_uri(tracking_uri: str, *, must_exist: bool) -> None:
-    if not re.match(r"^(https?|sqlite|postgresql|mysql|mssql)(\+\w+)?:", tracking_uri):
-        raise ConfigError(
-            f"tracking.uri {_redact(tracking_uri)!r} is not supported: MLflow 3 has no plain-folder store. "
-            "Give sqlite:////absolute/path/mlflow.db, another database, or http(s)://server."
-        )
-    path = sqlite_path(tracking_uri)
-    if path is not None and must_exist and not path.is_file():
-        raise ConfigError(
-            f"no MLflow database at {path}. Give --tracking-uri of the study that registered the model, "
-            "as printed at the end of 'fedmentor run'."
-        )
-
-
-def _redact(url: str) -> str:
-    """``url`` without user name and password."""
-    parts = urlsplit(url)
-    if "@" not in parts.netloc:
-        return url
-    return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
 
 
 def open_tracking(config: StudyConfig, tracking_uri: str, artifact_root: Path | None = None) -> "Tracker":
@@ -128,21 +78,19 @@ def open_tracking(config: StudyConfig, tracking_uri: str, artifact_root: Path | 
         artifact_root: folder for artifacts of a new experiment; default for sqlite: ``mlartifacts`` beside
             the database; for a server: the server's own.
 
+    Returns:
+        The tracker; it is behind from the start where a server does not answer.
+
     Raises:
-        ConfigError: the store cannot be opened. Nothing has been spent yet.
+        ConfigError: the store refused, or a database cannot be opened. Nothing has been spent yet.
     """
     path = sqlite_path(tracking_uri)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         artifact_root = artifact_root or path.absolute().parent / "mlartifacts"
-    client = mlflow_client(tracking_uri)
-    try:
-        experiment_id = _experiment(client, config.tracking.experiment, artifact_root)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise _unreachable(tracking_uri, error) from error
-    return Tracker(tracking_uri=tracking_uri, experiment_id=experiment_id)
+    tracker = Tracker(tracking_uri=tracking_uri)
+    tracker.open_experiment(config.tracking.experiment, artifact_root)
+    return tracker
 
 
 def _experiment(client: "MlflowClient", name: str, artifact_root: Path | None) -> str:
@@ -167,38 +115,67 @@ def _experiment(client: "MlflowClient", name: str, artifact_root: Path | None) -
     return str(found.experiment_id)
 
 
-def _best_effort(
-    method: "Callable[Concatenate[Tracker, P], None]",
-) -> "Callable[Concatenate[Tracker, P], None]":
-    """Turn any failure into a line of ``Tracker.warnings``: a study outlives its tracking server."""
-
-    @functools.wraps(method)
-    def guarded(self: "Tracker", /, *args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            method(self, *args, **kwargs)
-        except Exception as error:
-            self.warnings.append(f"MLflow {method.__name__} failed: {_first_line(error)}")
-
-    return guarded
-
-
 @dataclass
 class Tracker:
-    """Writes one study into MLflow. Small and picklable: it holds strings, and no connection.
+    """Writes one study into MLflow, now or, where MLflow does not answer, later. Thread-safe; holds no connection.
 
     Attributes:
         tracking_uri: where MLflow keeps its runs.
-        experiment_id: the experiment's id.
+        experiment_id: the experiment's id; empty until MLflow has answered once.
         study_run_id: FedMentor's own id of the study run; set by ``start_study_run``.
-        run_id: MLflow's id of the parent run; set by ``start_study_run``.
-        warnings: what could not be logged, for ``summary.json`` and the report.
+        run_id: MLflow's id of the parent run; empty until MLflow has answered once.
+        debts: what MLflow has not taken yet.
     """
 
     tracking_uri: str
-    experiment_id: str
+    experiment_id: str = ""
     study_run_id: str = ""
     run_id: str = ""
-    warnings: list[str] = field(default_factory=list)
+    debts: Debts = field(default_factory=Debts)
+
+    @property
+    def owed(self) -> tuple[str, ...]:
+        """What MLflow has not taken yet, in order."""
+        return self.debts.owed
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What every output must say of it; empty when nothing is owed."""
+        if not self.owed:
+            return ()
+        said = f"MLflow at {redact(self.tracking_uri)} has not taken {', '.join(self.owed)} ({self.debts.problem})"
+        return (f"{BEHIND}: {said}. 'fedmentor track --out DIR' logs what is missing once it answers.",)
+
+    def catch_up(self, *, at_once: bool = False) -> bool:
+        """Try what is owed; see ``Debts.settle``. Whether nothing is owed any more."""
+        return self.debts.settle(at_once=at_once)
+
+    def _begin(self, what: str, pay: Callable[[], None]) -> None:
+        """The first steps, before anything is spent: only a server that does not answer is waited for.
+
+        Raises:
+            ConfigError: anything else went wrong.
+        """
+        try:
+            self.debts.begin(what, pay, wait=sqlite_path(self.tracking_uri) is None)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise unusable(self.tracking_uri, error) from error
+
+    # --- what is logged -----------------------------------------------------------------------------------------
+
+    def open_experiment(self, name: str, artifact_root: Path | None) -> None:
+        """Find or create the experiment.
+
+        Raises:
+            ConfigError: it was deleted, or the store refused.
+        """
+
+        def pay() -> None:
+            self.experiment_id = _experiment(mlflow_client(self.tracking_uri), name, artifact_root)
+
+        self._begin("the experiment", pay)
 
     def start_study_run(
         self,
@@ -217,7 +194,7 @@ class Tracker:
             facts: more parameters, such as the backbone's digest and parameter count.
 
         Returns:
-            MLflow's run id.
+            MLflow's run id; empty while MLflow does not answer.
 
         Raises:
             ConfigError: the tracking store refused; nothing has been spent yet.
@@ -234,26 +211,29 @@ class Tracker:
         if flow_run_id is not None:
             tags["prefect.flow_run_id"] = flow_run_id
         params = flatten(config.model_dump(mode="json")) | {
-            key: _cut(str(value), MAX_PARAM_CHARS) for key, value in (facts or {}).items()
+            key: cut(str(value), MAX_PARAM_CHARS) for key, value in (facts or {}).items()
         }
-        try:
-            client = mlflow_client(self.tracking_uri)
-            run = self._find(client, {RUN_ID_TAG: study_run_id, ROLE_TAG: "study"})
-            if run is None:
-                run = client.create_run(self.experiment_id, run_name=config.name, tags=tags)
-            else:
-                client.update_run(run.info.run_id, status="RUNNING")
-                _log_tags(client, run.info.run_id, tags)
-            missing = {key: value for key, value in params.items() if key not in run.data.params}
-            _log_params(client, run.info.run_id, missing)
-        except Exception as error:
-            raise _unreachable(self.tracking_uri, error) from error
-        self.study_run_id, self.run_id = study_run_id, run.info.run_id
+        self.study_run_id = study_run_id
+        self._begin("the study's run", partial(self._start, config.name, tags, params))
         return self.run_id
 
-    @_best_effort
+    def _start(self, name: str, tags: Mapping[str, str], params: Mapping[str, str]) -> None:
+        client = mlflow_client(self.tracking_uri)
+        run = self._find(client, {RUN_ID_TAG: self.study_run_id, ROLE_TAG: "study"})
+        if run is None:
+            run = client.create_run(self.experiment_id, run_name=name, tags=dict(tags))
+        else:
+            client.update_run(run.info.run_id, status="RUNNING")
+            _log_tags(client, run.info.run_id, tags)
+        missing = {key: value for key, value in params.items() if key not in run.data.params}
+        _log_params(client, run.info.run_id, missing)
+        self.run_id = run.info.run_id
+
     def log_datasets(self, domains: Iterable[DomainPlan]) -> None:
         """Describe each domain's data: name, fingerprint, unit count. Never rows, a schema or a profile."""
+        self.debts.owe("the datasets", partial(self._log_datasets, tuple(domains)))
+
+    def _log_datasets(self, domains: Iterable[DomainPlan]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         inputs = []
@@ -269,19 +249,20 @@ class Tracker:
             inputs.append(DatasetInput(dataset, tags=[InputTag(key, value) for key, value in tags.items()]))
         mlflow_client(self.tracking_uri).log_inputs(self._parent(), datasets=inputs)
 
-    @_best_effort
     def log_baseline(self, baseline: EvaluationMetrics, baseline_gate: EvaluationMetrics) -> None:
         """Log the untrained backbone's scores as ``baseline/*`` (test set) and ``baseline_gate/*``."""
-        values = _scores("baseline", baseline) | _scores("baseline_gate", baseline_gate)
-        self._log_changed(mlflow_client(self.tracking_uri), values)
+        values = scores("baseline", baseline) | scores("baseline_gate", baseline_gate)
+        self.debts.owe("the baseline", lambda: self._log_changed(mlflow_client(self.tracking_uri), values))
 
-    @_best_effort
     def log_round(self, summary: RoundSummary) -> None:
         """Log one committed round on the parent (step = round index) and as nested runs of its own.
 
         Guarantees:
             Logging the same round again, after a resume, adds nothing.
         """
+        self.debts.owe(f"round {summary.round_index}", partial(self._log_round, summary))
+
+    def _log_round(self, summary: RoundSummary) -> None:
         client, parent = mlflow_client(self.tracking_uri), self._parent()
         now = int(time.time() * 1000)
         start = now - int(summary.seconds * 1000)
@@ -296,16 +277,7 @@ class Tracker:
         values = round_metrics(summary)
         _log_metrics(client, parent, values, summary.round_index, run.info.start_time)
         _log_metrics(client, run.info.run_id, values, summary.round_index, run.info.start_time)
-        verdict = {
-            "fedmentor.gate": "passed" if summary.gate.passed else "failed",
-            "fedmentor.gate_reasons": "; ".join(summary.gate.reasons) or "every threshold passed",
-            "fedmentor.noise_changes": "; ".join(
-                f"{change.domain}: {change.from_:.4g} -> {change.to:.4g} ({change.reason})"
-                for change in summary.noise_changes
-            )
-            or "none",
-        }
-        _log_tags(client, run.info.run_id, verdict)
+        _log_tags(client, run.info.run_id, round_tags(summary))
         client.log_dict(run.info.run_id, summary.model_dump(mode="json", by_alias=True), "round.json")
         for one in summary.clients:
             self._log_client(client, one, run, summary.round_index)
@@ -326,18 +298,12 @@ class Tracker:
         )
         if run.info.status in ("FINISHED", "FAILED"):
             return
-        values = {
-            key: float(value)
-            for key, value in one.model_dump().items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
-        _log_metrics(client, run.info.run_id, values, round_index, run.info.start_time)
+        _log_metrics(client, run.info.run_id, client_metrics(one), round_index, run.info.start_time)
         _log_tags(client, run.info.run_id, {"fedmentor.status": one.status, "fedmentor.reason": one.reason})
         status = "FAILED" if one.status in ("failed", "rejected") else "FINISHED"
         end = run.info.start_time + int(one.seconds * 1000)
         client.set_terminated(run.info.run_id, status=status, end_time=end)
 
-    @_best_effort
     def log_final(
         self,
         summary: StudySummary,
@@ -357,28 +323,14 @@ class Tracker:
             report: the HTML file; becomes ``report.html``.
             ledger: the ledgers' snapshot, as ``fedmentor ledger --json`` prints it; becomes ``ledger.json``.
         """
+        self.debts.owe("the result", partial(self._log_final, summary, config_yaml, report, ledger), at_once=True)
+
+    def _log_final(
+        self, summary: StudySummary, config_yaml: str | None, report: Path | None, ledger: Mapping[str, Any] | None
+    ) -> None:
         client, parent = mlflow_client(self.tracking_uri), self._parent()
-        values = _scores("baseline", summary.baseline) | _scores("baseline_gate", summary.baseline_gate)
-        values["final/seconds_total"] = summary.seconds_total
-        if summary.final is not None:
-            values |= _scores("final", summary.final)
-        selected = [one for one in summary.rounds if one.round_index == summary.selected_round]
-        if selected:
-            values |= _scores("final_gate", selected[0].metrics)
-        self._log_changed(client, values)
-        model = f"{summary.model.name}/{summary.model.version}" if summary.model else "none"
-        _log_tags(
-            client,
-            parent,
-            {
-                "fedmentor.status": summary.status,
-                "fedmentor.private": "true" if summary.private else "false",
-                "fedmentor.selected_round": str(summary.selected_round),
-                "fedmentor.model": model,
-                "fedmentor.backbone_sha256": summary.backbone.sha256,
-                "fedmentor.scorers": summary.scorers.model_dump_json(),
-            },
-        )
+        self._log_changed(client, final_metrics(summary))
+        _log_tags(client, parent, final_tags(summary))
         client.log_text(parent, summary.model_dump_json(by_alias=True, indent=2), "summary.json")
         if config_yaml is not None:
             client.log_text(parent, config_yaml, "config.yaml")
@@ -387,14 +339,31 @@ class Tracker:
         if report is not None:
             client.log_text(parent, Path(report).read_text(encoding="utf-8"), "report.html")
 
-    @_best_effort
     def end_study_run(self, status: RunStatus) -> None:
-        """Close the parent run, and as KILLED any nested run that a crash left open."""
+        """Close the parent run, and as KILLED any nested run that a crash left open.
+
+        A request whose answer was lost is sent again, and may have made a second run of one round or client: all but
+        the first, which holds the values, are deleted.
+        """
+        self.debts.owe("the end", partial(self._end, status))
+
+    def _end(self, status: RunStatus) -> None:
         client, parent = mlflow_client(self.tracking_uri), self._parent()
-        for run in self._search(client, {RUN_ID_TAG: self.study_run_id}):
-            if run.info.status == "RUNNING" and run.info.run_id != parent:
+        seen = {self._identity(client.get_run(parent))}
+        for run in sorted(self._search(client, {RUN_ID_TAG: self.study_run_id}), key=_by_age):
+            if run.info.run_id == parent:
+                continue
+            if self._identity(run) in seen:
+                client.delete_run(run.info.run_id)
+            elif run.info.status == "RUNNING":
                 client.set_terminated(run.info.run_id, status="KILLED")
+            seen.add(self._identity(run))
         client.set_terminated(parent, status=status)
+
+    @staticmethod
+    def _identity(run: "Run") -> tuple[str, ...]:
+        """What a run is of; there is one run of each."""
+        return tuple(run.data.tags.get(tag, "") for tag in (ROLE_TAG, ROUND_TAG, CLIENT_TAG))
 
     def _parent(self) -> str:
         if not self.run_id:
@@ -415,8 +384,7 @@ class Tracker:
         return client.create_run(self.experiment_id, start_time=start, run_name=name, tags=identity)
 
     def _find(self, client: "MlflowClient", tags: Mapping[str, str]) -> "Run | None":
-        runs = self._search(client, tags)
-        return min(runs, key=lambda run: run.info.start_time) if runs else None
+        return min(self._search(client, tags), key=_by_age, default=None)
 
     def _search(self, client: "MlflowClient", tags: Mapping[str, str]) -> "list[Run]":
         query = " and ".join(f"tags.`{key}` = {quoted(value)}" for key, value in tags.items())
@@ -428,80 +396,6 @@ class Tracker:
             token = page.token
             if not token:
                 return runs
-
-
-def reference_metrics(tracking_uri: str, run_id: str, domains: Iterable[str] = ()) -> EvaluationMetrics:
-    """Final gate scores of another study's parent run, overall and by domain.
-
-    Args:
-        tracking_uri: where that run is.
-        run_id: MLflow's id of its parent run.
-        domains: domains that must be there.
-
-    Raises:
-        ConfigError: there is no such run, or it lacks a score that is needed.
-    """
-    from mlflow.exceptions import MlflowException
-
-    client = mlflow_client(tracking_uri, must_exist=True)
-    advice = "Give the MLflow run id of a finished FedMentor study in tracking.reference_run_id."
-    where = f"reference run {run_id!r} at {_redact(tracking_uri)}"
-    try:
-        shown = client.get_run(run_id).data.metrics
-    except MlflowException as error:
-        raise ConfigError(f"{where} cannot be read: {_first_line(error)}. {advice}") from None
-    prefix = "final_gate/"
-    scores = {key.removeprefix(prefix): value for key, value in shown.items() if key.startswith(prefix)}
-    found = sorted({key.rpartition("/")[0] for key in scores} - {""})
-    wanted = sorted({*found, *domains})
-    needed = [*_REFERENCE_METRICS, *(f"{domain}/{name}" for domain in wanted for name in _REFERENCE_METRICS)]
-    missing = [name for name in needed if name not in scores]
-    if missing:
-        shown_names = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        raise ConfigError(f"{where} has no final gate score for: {shown_names}; its domains: {found}. {advice}")
-
-    def of(scope: str) -> dict[str, Any]:
-        values: dict[str, Any] = {name: scores.get(scope + name) for name in Metrics.model_fields}
-        return values | {"n_examples": int(values["n_examples"])}
-
-    by_domain = {domain: Metrics(**of(f"{domain}/")) for domain in wanted}
-    return EvaluationMetrics(**of(""), by_domain=by_domain)
-
-
-def round_metrics(summary: RoundSummary) -> dict[str, float]:
-    """The public numbers of one round under their MLflow names."""
-    values = _scores("gate", summary.metrics)
-    values["gate/passed"] = float(summary.gate.passed)
-    values["bytes_total"] = float(summary.bytes_total)
-    values["round_seconds"] = summary.seconds
-    values["clients_trained"] = float(sum(one.status == "trained" for one in summary.clients))
-    for one in summary.clients:
-        for name in ("epsilon_spent", "epsilon_budget", "noise_multiplier"):
-            value = getattr(one, name)
-            if value is not None:
-                values[f"privacy/{one.domain}/{name}"] = value
-        values[f"traffic/{one.domain}/bytes_up"] = float(one.bytes_up)
-        values[f"traffic/{one.domain}/bytes_down"] = float(one.bytes_down)
-    return values
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """Nested settings as ``{"a.b.0": "text"}``; a list item that has a name goes by its name."""
-    if isinstance(value, Mapping) and value:
-        items: Iterable[tuple[str, Any]] = ((str(key), item) for key, item in value.items())
-    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        items = (
-            (str(item["name"]) if isinstance(item, Mapping) and "name" in item else str(index), item)
-            for index, item in enumerate(value)
-        )
-    else:
-        text = _redact(value) if isinstance(value, str) and "://" in value else value
-        shown = text if isinstance(text, str) else json.dumps(text)
-        return {prefix: _cut(shown, MAX_PARAM_CHARS)}
-    flat: dict[str, str] = {}
-    for key, item in items:
-        flat |= flatten(item, f"{prefix}.{key}" if prefix else key)
-    return flat
 
 
 @functools.cache
@@ -516,21 +410,8 @@ def git_sha() -> str | None:
     return sha if answer.returncode == 0 and re.fullmatch(r"[0-9a-f]{40,64}", sha) else None
 
 
-def quoted(value: str) -> str:
-    """``value`` as a string literal of MLflow's search language."""
-    if "'" in value:
-        raise ConfigError(f"an id or name used in MLflow must not hold a single quote, got {value!r}.")
-    return f"'{value}'"
-
-
-def _scores(prefix: str, metrics: EvaluationMetrics) -> dict[str, float]:
-    values: dict[str, float] = {}
-    for scope, scores in (("", metrics), *((f"{name}/", one) for name, one in metrics.by_domain.items())):
-        for name in Metrics.model_fields:
-            value = getattr(scores, name)
-            if value is not None:
-                values[f"{prefix}/{scope}{name}"] = float(value)
-    return values
+def _by_age(run: "Run") -> tuple[int, str]:
+    return run.info.start_time, run.info.run_id
 
 
 def _log_metrics(client: "MlflowClient", run_id: str, values: Mapping[str, float], step: int, timestamp: int) -> None:
@@ -552,15 +433,4 @@ def _log_params(client: "MlflowClient", run_id: str, values: Mapping[str, str]) 
 def _log_tags(client: "MlflowClient", run_id: str, values: Mapping[str, str]) -> None:
     from mlflow.entities import RunTag
 
-    client.log_batch(run_id, tags=[RunTag(key, _cut(value, MAX_TAG_CHARS)) for key, value in values.items()])
-
-
-def _cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _first_line(error: BaseException) -> str:
-    """Class and first line of ``error``, short enough for a message, without credentials."""
-    line = (str(error).strip().splitlines() or [""])[0]
-    line = re.sub(r"//[^/@\s]+@", "//***@", line)
-    return f"{type(error).__name__}: {_cut(line, 300)}".rstrip(".")
+    client.log_batch(run_id, tags=[RunTag(key, cut(value, MAX_TAG_CHARS)) for key, value in values.items()])

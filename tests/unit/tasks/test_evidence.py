@@ -124,6 +124,18 @@ def test_an_account_without_entries_pays_for_nothing(held, registration, lineage
     )
 
 
+def test_an_account_at_a_site_pays_for_nothing_unless_the_site_named_its_entry(held, registration, lineage):
+    at_site = lineage.heads[0].model_copy(update={"site": "site-a", "sha256": "", "n_entries": 0})
+    heads = (at_site, lineage.heads[1])
+    assert "no ledger that paid for stress" in held(registration(lineage.model_copy(update={"heads": heads})))
+
+
+def test_an_account_at_a_site_pays_when_the_site_named_its_entry(registration, lineage, tracking_uri, adapter):
+    at_site = lineage.heads[0].model_copy(update={"site": "site-a", "sha256": "5f" * 32, "n_entries": 0})
+    given = registration(lineage.model_copy(update={"heads": (at_site, lineage.heads[1])}))
+    assert "champion" in register_and_decide(tracking_uri, given, adapter, PASSED).aliases
+
+
 def test_a_private_version_without_promises_is_refused(held, registration):
     assert "no ledger" in held(registration(promises=()))
 

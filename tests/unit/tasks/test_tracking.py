@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -11,15 +12,11 @@ import pytest
 
 from fedmentor_core.config_io import config_sha256
 from fedmentor_core.errors import ConfigError
-from tasks.tracking import (
-    Tracker,
-    flatten,
-    mlflow_client,
-    open_tracking,
-    reference_metrics,
-    round_metrics,
-    sqlite_path,
-)
+from tasks.debts import Debt
+from tasks.mlflow_connection import mlflow_client, sqlite_path
+from tasks.reference import reference_metrics
+from tasks.tracked_values import flatten, round_metrics
+from tasks.tracking import PARENT_TAG, Tracker, open_tracking
 
 
 def runs(tracker: Tracker, query: str = ""):
@@ -57,7 +54,7 @@ def test_round_is_nested_and_logging_it_twice_adds_nothing(tracker, study):
     for _ in range(2):
         tracker.log_round(study.round(0))
     tracker.log_round(study.round(1))
-    assert tracker.warnings == []
+    assert tracker.warnings == ()
     assert len(runs(tracker)) == 1 + 2 + 4
     client = mlflow_client(tracker.tracking_uri)
     history = client.get_metric_history(parent, "gate/bertscore_f1")
@@ -83,7 +80,7 @@ def test_round_cut_off_by_a_crash_is_completed_without_duplicates(tracker, study
         patch.setattr(Tracker, "_log_client", crash)
         with pytest.raises(KeyboardInterrupt):
             tracker.log_round(study.round(0))
-    tracker.end_study_run("KILLED")
+    Tracker(tracker.tracking_uri, tracker.experiment_id, "run-1", parent).end_study_run("KILLED")
     resumed = Tracker(tracker.tracking_uri, tracker.experiment_id)
     resumed.start_study_run(study.config, "run-1")
     resumed.log_round(study.round(0))
@@ -113,7 +110,7 @@ def test_datasets_are_descriptors(tracker, study):
     run_id = tracker.start_study_run(study.config, "run-1")
     for _ in range(2):
         tracker.log_datasets(study.plan().domains)
-    assert tracker.warnings == []
+    assert tracker.warnings == ()
     inputs = mlflow_client(tracker.tracking_uri).get_run(run_id).inputs.dataset_inputs
     assert {one.dataset.name for one in inputs} == {"stress", "sleep"}
     assert len(inputs) == 2
@@ -133,7 +130,7 @@ def test_final_scores_files_and_status(tracker, study, tmp_path):
         tracker.log_baseline(study.metrics(0.2), study.metrics(0.25))
         tracker.log_final(study.summary(), config_yaml="name: x\n", report=report, ledger={"verified": True})
     tracker.end_study_run("FINISHED")
-    assert tracker.warnings == []
+    assert tracker.warnings == ()
     client = mlflow_client(tracker.tracking_uri)
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
@@ -185,14 +182,58 @@ def test_reference_from_a_database_that_is_not_there_creates_none(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_losing_the_store_warns_and_goes_on(tracker, study):
-    tracker.start_study_run(study.config, "run-1")
+def test_what_mlflow_refuses_is_kept_and_the_rest_goes_on(tracker, study):
+    parent = tracker.start_study_run(study.config, "run-1")
     tracker.run_id = "gone"
     tracker.log_round(study.round(0))
-    tracker.log_final(study.summary())
+    assert tracker.owed == ("round 0",)
+    tracker.run_id = parent
+    tracker.log_round(study.round(1))
+    assert (tracker.owed, tracker.warnings) == ((), ())
+    history = mlflow_client(tracker.tracking_uri).get_metric_history(parent, "gate/rouge_l")
+    assert sorted(one.step for one in history) == [0, 1]
+
+
+def test_a_server_that_is_not_there_is_no_error_and_is_asked_once_a_minute(study):
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # nobody listens on it, and nobody else gets it
+        uri = f"http://key:secret@127.0.0.1:{held.getsockname()[1]}"
+        tracker = open_tracking(study.config, uri)
+        tracker.debts.clock = lambda: now
+        now = 1e12
+        assert tracker.start_study_run(study.config, "run-1") == ""
+        asked = []
+        tracker.debts._waiting.insert(0, Debt("a probe", lambda: asked.append(now) or refuse()))
+        tracker.log_round(study.round(0))
+        tracker.log_round(study.round(1))
+        now += 59
+        assert not tracker.catch_up()
+        assert len(asked) == 1
+        now += 2
+        assert not tracker.catch_up()
+        assert not tracker.catch_up(at_once=True)
+        assert len(asked) == 3
+    assert tracker.owed == ("a probe", "the experiment", "the study's run", "round 0", "round 1")
+    (said,) = tracker.warnings
+    assert "fedmentor track" in said
+    assert "secret" not in said
+
+
+def refuse():
+    raise ConnectionRefusedError("nobody is there")
+
+
+def test_a_second_run_of_the_same_thing_is_deleted(tracker, study):
+    """As a request leaves it that was sent again because its answer was lost."""
+    tracker.start_study_run(study.config, "run-1")
+    tracker.log_round(study.round(0))
+    (first,) = runs(tracker, "tags.`fedmentor.role` = 'round'")
+    client = mlflow_client(tracker.tracking_uri)
+    tags = {key: value for key, value in first.data.tags.items() if key.startswith("fedmentor.") or key == PARENT_TAG}
+    client.create_run(tracker.experiment_id, start_time=first.info.start_time + 1, tags=tags)
     tracker.end_study_run("FINISHED")
-    assert len(tracker.warnings) == 3
-    assert "log_round failed" in tracker.warnings[0]
+    assert [one.info.run_id for one in runs(tracker, "tags.`fedmentor.role` = 'round'")] == [first.info.run_id]
+    assert len(runs(tracker)) == 1 + 1 + 2
 
 
 @pytest.mark.parametrize("uri", ["./mlruns", "file:///somewhere", "databricks"])
@@ -228,7 +269,7 @@ def test_threads_log_rounds_without_an_active_run(tracker, study):
         thread.start()
     for thread in threads:
         thread.join()
-    assert tracker.warnings == []
+    assert tracker.warnings == ()
     assert len(runs(tracker)) == 1 + 4 * 3
 
 
