@@ -10,9 +10,9 @@ from the champion, or evaluating it, costs no domain anything beyond what the st
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmentor_core.adapters.lora import State, read_adapter_folder
+from fedmentor_core.adapters.lora import read_adapter_folder
 from fedmentor_core.config import AdapterConfig
-from fedmentor_core.errors import AlreadyExistsError, ConfigError
+from fedmentor_core.errors import AlreadyExistsError
 from fedmentor_core.records import ArtifactRef, Record
 
 if TYPE_CHECKING:
@@ -88,37 +88,3 @@ def _fix(workspace: "Workspace", champion: Champion | None) -> ChampionAtStart:
 
 def _key(workspace: "Workspace") -> str:
     return workspace.key("champion.json")
-
-
-def states_to_start_from(champion: Champion, config: AdapterConfig, own: State, champions: State) -> State:
-    """The champion's tensors, once it is sure that they fit a study's adapter.
-
-    Args:
-        champion: to start from.
-        config: the study's adapter section.
-        own: the study's own tensors, frozen and trained, as they would start anew.
-        champions: the champion's tensors.
-
-    Raises:
-        ConfigError: another scale, other modules or other shapes.
-    """
-    scale, wanted = champion.config.alpha / champion.config.rank, config.alpha / config.rank
-    problems = []
-    if set(own) != set(champions):
-        problems.append(f"it adapts {len(champions)} tensors of {sorted(_modules(champions))}")
-    elif any(own[name].shape != champions[name].shape for name in own):
-        problems.append(f"its rank is {champion.config.rank}")
-    if scale != wanted:
-        problems.append(f"its scale alpha / rank is {scale:g}")
-    if problems:
-        raise ConfigError(
-            f"start_from 'champion': {champion.name!r} version {champion.version} does not fit this study's adapter: "
-            f"{'; '.join(problems)}; the study adapts {len(own)} tensors of {sorted(_modules(own))} with rank "
-            f"{config.rank} and scale {wanted:g}. Set the adapter section back to the champion's, or start_from to "
-            "'backbone'. Nothing was charged."
-        )
-    return champions
-
-
-def _modules(state: State) -> set[str]:
-    return {name.split(".")[-3] for name in state}

@@ -64,7 +64,7 @@ def run_client(
         plan,
         assignment,
         workspace.backbone.sha256,
-        workspace.resolved_adapter,
+        workspace.resolved_adapter_of(assignment.domain),
         is_private=workspace.config.is_private,
     )
     if workspace.config.privacy.mode == "none":
@@ -151,7 +151,7 @@ def _train(workspace: Workspace, assignment: ClientAssignment, attempt: int, on_
     if config.privacy.noise_seed is not None:
         noise_seed = derive_seed(config.privacy.noise_seed, "noise", assignment.round_index, assignment.domain, attempt)
     per_client = config.privacy.level == "client" and assignment.noise_multiplier is not None
-    model = workspace.model_with(assignment.global_adapter)
+    model = workspace.model_with(assignment.global_adapter, assignment.round_index, assignment.domain)
     state = train_locally(
         model,
         workspace.training_set(assignment.domain),
@@ -163,13 +163,14 @@ def _train(workspace: Workspace, assignment: ClientAssignment, attempt: int, on_
             clip_norm=assignment.clip_norm,
             order_seed=derive_seed(config.seed, "order", assignment.round_index, assignment.domain),
             noise_seed=noise_seed,
+            prox_mu=config.aggregation.prox_mu,
         ),
         device=workspace.backbone.device,
         on_step=on_step,
     )
     if per_client:
         state = perturb_update(
-            workspace.get_adapter(assignment.global_adapter),
+            workspace.trained_part(assignment.global_adapter, assignment.round_index, assignment.domain),
             state,
             noise_multiplier=assignment.noise_multiplier or 0.0,
             clip_norm=assignment.clip_norm,
@@ -210,16 +211,14 @@ def _commit(
     started: float,
 ) -> ClientUpdate:
     spent = None if account is None else account.epsilon_spent(workspace.ledger(assignment.domain).spent_rdp())
-    down = assignment.global_adapter.n_bytes
-    if assignment.round_index == 0:
-        down += workspace.frozen_adapter.n_bytes  # the shared frozen factors travel once
     result = _result(assignment, plan, "trained", spent, started).model_copy(
         update={
             "attempt": attempt,
             "update": update,
             "base_adapter_sha256": assignment.global_adapter.sha256,
+            "ledger_entry": "" if account is None else workspace.newest_entry(assignment.domain),
             "bytes_up": update.n_bytes,
-            "bytes_down": down,
+            "bytes_down": workspace.bytes_down(assignment.global_adapter, assignment.round_index),
         }
     )
     workspace.store.put_json(client_key(workspace, assignment.round_index, assignment.domain, "update.json"), result)

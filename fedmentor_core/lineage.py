@@ -15,7 +15,7 @@ from fedmentor_core.errors import FedMentorError
 from fedmentor_core.hashing import sha256_bytes
 from fedmentor_core.privacy.ledger import Ledger
 from fedmentor_core.privacy.ledger_view import view_of
-from fedmentor_core.records import ArtifactRef, Record, ScorerIdentities, StudySummary
+from fedmentor_core.records import ArtifactRef, DomainPlan, Record, ScorerIdentities, StudySummary
 from fedmentor_core.rounds import find_manifest, manifest_key
 from fedmentor_core.storage.base import ArtifactStore, open_store
 from fedmentor_core.workspace import Workspace
@@ -26,8 +26,8 @@ class LedgerHead(Record):
 
     account: str
     site: str = Field(default="", description="Where the account is kept, if not here: then nobody here can read it.")
-    sha256: str = Field(description="Of its newest entry; empty: it has none.")
-    n_entries: int
+    sha256: str = Field(description="Of its newest entry, or what the site signed in its place; empty: there is none.")
+    n_entries: int = Field(description="0 of an account at a site, which tells no count.")
     epsilon_spent: float | None
 
 
@@ -51,6 +51,9 @@ class Lineage(Record):
 
     git_revision: str = Field(description="Commit of the code that ran; 'unknown' outside a checkout.")
     adapter: ArtifactRef = Field(description="The trained tensors in the run's store.")
+    base_delta: ArtifactRef | None = Field(
+        default=None, description="What the run added to the frozen backbone, in its store: the base's version."
+    )
     manifests: tuple[str, ...] = Field(description="sha256 of each round's manifest, in order.")
     gate_manifest: str = Field(description="sha256 of the manifest whose verdict speaks for the adapter; empty: none.")
     scorers: ScorerIdentities
@@ -71,9 +74,11 @@ def lineage_of(workspace: Workspace, summary: StudySummary, adapter: ArtifactRef
     judged = None if summary.selected_round is None else find_manifest(workspace, summary.selected_round)
     speaks = judged is not None and judged.adapter == adapter
     champion = workspace.champion if workspace.config.start_from == "champion" else None
+    base = workspace.parts_of(adapter).base
     return Lineage(
         git_revision=git_revision,
         adapter=adapter,
+        base_delta=None if base is None else base.beside(adapter),
         manifests=manifests,
         gate_manifest=manifests[judged.round_index] if judged is not None and speaks else "",
         scorers=summary.scorers,
@@ -92,13 +97,24 @@ def _heads(workspace: Workspace, summary: StudySummary) -> tuple[LedgerHead, ...
             continue
         site = at_sites.get(plan.domain)
         if site is not None:
-            said = [client for one in summary.rounds for client in one.clients if client.domain == plan.domain]
-            spent = said[-1].epsilon_spent if said else plan.epsilon_spent_before
-            heads.append(LedgerHead(account=plan.domain, site=site, sha256="", n_entries=0, epsilon_spent=spent))
+            heads.append(_head_at_site(plan, site, summary))
             continue
         names = (plan.domain, *(validation.account for validation in plan.validation))
         heads += [head_of(workspace.ledger(name)) for name in names]
     return tuple(heads)
+
+
+def _head_at_site(plan: DomainPlan, site: str, summary: StudySummary) -> LedgerHead:
+    """What the site signed with its last update: no update counts without it."""
+    said = [client for one in summary.rounds for client in one.clients if client.domain == plan.domain]
+    paid = [client.ledger_entry for client in said if client.status == "trained"]
+    return LedgerHead(
+        account=plan.domain,
+        site=site,
+        sha256=paid[-1] if paid else "",
+        n_entries=0,
+        epsilon_spent=said[-1].epsilon_spent if said else plan.epsilon_spent_before,
+    )
 
 
 def head_of(ledger: Ledger, n_entries: int | None = None) -> LedgerHead:

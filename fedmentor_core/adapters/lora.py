@@ -1,10 +1,15 @@
 """LoRA adapters by peft: attach to a shared backbone, read, write, and store as safetensors with a JSON config.
 
-An adapter's *state* is a flat mapping of tensor names to fp32 CPU tensors. Under FFA-LoRA (``train='b'``) A is
-drawn once from the study's seed and frozen, so only the B tensors are trained, noised, sent and averaged
-(Sun et al. 2024, arXiv 2403.12313).
+An adapter's *state* is a flat mapping of tensor names to fp32 CPU tensors. What of it clients train, noise and send:
 
-Shapes: ``...lora_A.weight`` is (rank, d_in), ``...lora_B.weight`` is (d_out, rank).
+* 'b', FFA-LoRA: B; A is drawn once from the study's seed and frozen (Sun et al. 2024, arXiv 2403.12313);
+* 'both', FedIT: A and B;
+* 'alternate', RoLoRA: B in even rounds, A in odd ones (Chen et al. 2024, arXiv 2409.02346);
+* 'core', Fed-SB: an r x r matrix R between frozen orthonormal B and A, so the adapter adds s B R A (Singhal et al.
+  2025, arXiv 2502.15436).
+
+Shapes: ``...lora_A.weight`` is (rank, d_in), ``...lora_B.weight`` is (d_out, rank), ``...lora_R.weight`` is (rank,
+rank). A state may also hold what was added to the base (``base_delta.py``).
 """
 
 import json
@@ -12,23 +17,51 @@ import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedmentor_core.adapters.backbone import Backbone
+from fedmentor_core.adapters.base_delta import apply_deltas, delta_factors, is_delta
 from fedmentor_core.config import AdapterConfig
 from fedmentor_core.errors import BackboneError, IntegrityError
 
 State = dict[str, Any]
+Factor = Literal["A", "B", "R"]
+_FACTOR = re.compile(r"\.lora_([ABR])\.weight$")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+_PEFT_PREFIX = "base_model.model."
 _seeding = threading.Lock()
 
 
-def attach(backbone: Backbone, config: AdapterConfig, seed: int) -> Any:
-    """A peft model on a tree that shares the backbone's weights; A from ``seed``, B zero.
+def trained_factors(train: str, round_index: int) -> frozenset[str]:
+    """Which factors a round trains: 'A', 'B' or 'R'."""
+    if train == "alternate":
+        return frozenset("A" if round_index % 2 else "B")
+    return frozenset({"b": "B", "both": "AB", "core": "R"}[train])
 
-    The model is already on its device before hooks are attached (Opacus would otherwise follow stale parameters).
+
+def factor_of(name: str) -> str | None:
+    """'A', 'B' or 'R' for a short tensor name; None for one that is no factor."""
+    match = _FACTOR.search(name)
+    return None if match is None else match[1]
+
+
+def factor_name(module: str, factor: Factor) -> str:
+    """The short tensor name of a module's factor."""
+    return f"{module}.lora_{factor}.weight"
+
+
+def modules_of(state: Mapping[str, Any]) -> list[str]:
+    """Short names of the adapted modules, sorted."""
+    return sorted({_FACTOR.sub("", name) for name in state if factor_of(name) is not None})
+
+
+def attach(backbone: Backbone, config: AdapterConfig, seed: int, round_index: int = 0) -> Any:
+    """A peft model on a tree that shares the backbone's weights; A from ``seed``, B zero, and ready for a round.
+
+    Around a core, A and B are orthonormal from ``seed`` and R is zero. The model is already on its device before hooks
+    are attached (Opacus would otherwise follow stale parameters).
 
     Raises:
         BackboneError: a target module that matches nothing.
@@ -49,12 +82,60 @@ def attach(backbone: Backbone, config: AdapterConfig, seed: int) -> Any:
     with _seeding, torch.random.fork_rng(devices=[]):  # torch's global generator is one for all threads
         torch.manual_seed(seed)
         model = get_peft_model(tree, lora)
+        if config.train == "core":
+            _insert_cores(model)
+    trained = trained_factors(config.train, round_index)
     for name, parameter in model.named_parameters():
-        is_lora = "lora_" in name
-        if is_lora:
+        factor = factor_of(short_name(name))
+        if factor is not None:
             parameter.data = parameter.data.float()
-        parameter.requires_grad_(is_lora and (config.train == "both" or "lora_B" in name))
+        parameter.requires_grad_(factor in trained)
     return model
+
+
+def _insert_cores(model: Any) -> None:
+    """Put a zero R between each A and B, and make those orthonormal, so that no direction weighs more than another."""
+    import torch
+
+    for layer in _adapted_layers(model).values():
+        inner, outer = layer.lora_A["default"], layer.lora_B["default"]
+        rank, device = outer.in_features, outer.weight.device
+        inner.weight.data = torch.linalg.qr(torch.randn(inner.in_features, rank)).Q.T.contiguous().to(device)
+        outer.weight.data = torch.linalg.qr(torch.randn(outer.out_features, rank)).Q.contiguous().to(device)
+        core = torch.nn.Linear(rank, rank, bias=False, device=device)
+        torch.nn.init.zeros_(core.weight)
+        layer.lora_B["default"] = torch.nn.Sequential()
+        layer.lora_B["default"].add_module("core", core)
+        layer.lora_B["default"].add_module("outer", outer)
+
+
+def _adapted_layers(model: Any) -> dict[str, Any]:
+    """The layers that peft put in, by short module name."""
+    return {
+        name.removeprefix(_PEFT_PREFIX): module for name, module in model.named_modules() if hasattr(module, "lora_B")
+    }
+
+
+def main_directions(model: Any, seed: int) -> State:
+    """A and B around a core along the largest singular values of each frozen weight matrix (as in LoRA-XS).
+
+    The weights are public, so these factors are.
+
+    Returns:
+        Orthonormal A and B by short name, by randomised decomposition seeded with ``seed``.
+    """
+    import torch
+
+    found: State = {}
+    with _seeding, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module, layer in sorted(_adapted_layers(model).items()):
+            weight = layer.base_layer.weight.detach().float().cpu()
+            rank = layer.lora_A["default"].out_features
+            u, _, v = torch.svd_lowrank(weight, q=min(rank + 8, *weight.shape), niter=4)
+            found[factor_name(module, "B")] = u[:, :rank].contiguous()
+            found[factor_name(module, "A")] = v[:, :rank].T.contiguous()
+    return found
 
 
 def _targets(tree: Any, config: AdapterConfig) -> str | list[str]:
@@ -112,8 +193,9 @@ def _check_targets(tree: Any, targets: list[str]) -> None:
 
 
 def short_name(parameter_name: str) -> str:
-    """Stable tensor name: without peft's wrapping and adapter name."""
-    return parameter_name.removeprefix("base_model.model.").replace(".default.", ".")
+    """Stable tensor name: without peft's wrapping and adapter name, and the core as a factor R of its own."""
+    name = parameter_name.removeprefix(_PEFT_PREFIX).replace(".default.", ".")
+    return name.replace(".lora_B.core.", ".lora_R.").replace(".lora_B.outer.", ".lora_B.")
 
 
 def trainable_parameters(model: Any) -> dict[str, Any]:
@@ -134,14 +216,19 @@ def adapter_state(model: Any, *, trainable_only: bool) -> State:
 def load_state(model: Any, state: Mapping[str, Any]) -> None:
     """Write ``state`` into the model's adapter in place; names and shapes must match existing tensors.
 
+    What was added to the base is from now on what ``state`` says, which is nothing where it says nothing.
+
     Raises:
         IntegrityError: an unknown name or another shape.
     """
     import torch
 
     parameters = {short_name(name): p for name, p in model.named_parameters() if "lora_" in name}
+    apply_deltas({name: layer.base_layer for name, layer in _adapted_layers(model).items()}, state)
     with torch.no_grad():
         for name, tensor in state.items():
+            if is_delta(name):
+                continue
             if name not in parameters:
                 raise IntegrityError(f"adapter tensor {name!r} does not belong to this backbone and adapter config.")
             if tuple(tensor.shape) != tuple(parameters[name].shape):
@@ -149,6 +236,75 @@ def load_state(model: Any, state: Mapping[str, Any]) -> None:
                     f"adapter tensor {name!r} is {tuple(tensor.shape)}, expected {tuple(parameters[name].shape)}."
                 )
             parameters[name].copy_(tensor)
+
+
+def trained_part(state: Mapping[str, Any], config: AdapterConfig, round_index: int) -> State:
+    """What a client with this adapter trains of the global adapter in a round: its factors, at its rank."""
+    trained = trained_factors(config.train, round_index)
+    return {name: tensor for name, tensor in cut_to_rank(state, config.rank).items() if factor_of(name) in trained}
+
+
+def cut_to_rank(state: Mapping[str, Any], rank: int) -> State:
+    """The first ``rank`` directions of every factor; tensors of that rank or a lower one stay the objects they are.
+
+    Of an adapter that the rule 'svd' made these are its best approximation of that rank.
+    """
+    cut: State = {}
+    for name, tensor in state.items():
+        factor = factor_of(name)
+        if factor == "A" and tensor.shape[0] > rank:
+            tensor = tensor[:rank].contiguous()
+        elif factor == "B" and tensor.shape[1] > rank:
+            tensor = tensor[:, :rank].contiguous()
+        cut[name] = tensor
+    return cut
+
+
+def plain_lora(state: Mapping[str, Any], config: AdapterConfig) -> tuple[State, AdapterConfig]:
+    """The same function of the input as A and B alone: what anybody who knows LoRA can load on the untouched backbone.
+
+    A core is multiplied into B. What was added to the base becomes further directions of A and B, so the rank grows to
+    that of the module that needs most; the others are filled up with zeros. The scale alpha / rank stays.
+
+    Args:
+        state: frozen and trained tensors, and what was added to the base.
+        config: the adapter that they belong to.
+
+    Returns:
+        A and B of every module, fp32, and the configuration that they load with; both as given where that is all.
+    """
+    import torch
+
+    if all(factor_of(name) in ("A", "B") for name in state):
+        return dict(state), config
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for module in modules_of(state):
+        b, a = state[factor_name(module, "B")].double(), state[factor_name(module, "A")].double()
+        core = state.get(factor_name(module, "R"))
+        b = b if core is None else b @ core.double()
+        added = delta_factors(state, module)
+        if added is not None:
+            b, a = torch.cat([b, added[0].double() / config.scale], dim=1), torch.cat([a, added[1].double()])
+        pairs[module] = _thin(b, a)
+    rank = max(len(a) for _, a in pairs.values())
+    plain: State = {}
+    for module, (b, a) in pairs.items():
+        missing = rank - len(a)
+        plain[factor_name(module, "B")] = torch.nn.functional.pad(b, (0, missing)).float().contiguous()
+        plain[factor_name(module, "A")] = torch.nn.functional.pad(a, (0, 0, 0, missing)).float().contiguous()
+    alpha = config.alpha if rank == config.rank else config.scale * rank
+    return plain, config.model_copy(update={"rank": rank, "alpha": alpha, "train": "both"})
+
+
+def _thin(b: Any, a: Any) -> tuple[Any, Any]:
+    """Factors of the same product with no more directions than a matrix of its shape can have."""
+    import torch
+
+    if b.shape[1] <= min(b.shape[0], a.shape[1]):
+        return b, a
+    if a.shape[1] <= b.shape[0]:
+        return b @ a, torch.eye(a.shape[1], dtype=b.dtype)
+    return torch.eye(b.shape[0], dtype=b.dtype), b @ a
 
 
 def state_to_bytes(state: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -194,7 +350,8 @@ def resolved_targets(model: Any) -> tuple[str, ...]:
 def save_adapter_folder(
     folder: Path, state: Mapping[str, Any], config: AdapterConfig, targets: tuple[str, ...]
 ) -> None:
-    """Write an adapter in peft's own layout (loads with ``PeftModel.from_pretrained``)."""
+    """Write an adapter in peft's own layout (loads with ``PeftModel.from_pretrained``), as ``plain_lora`` gives it."""
+    state, config = plain_lora(state, config)
     adapted = sorted({int(match[1]) for name in state if (match := _LAYER.search(name))})
     layers = adapted if config.last_layers is not None else None
     folder.mkdir(parents=True, exist_ok=True)

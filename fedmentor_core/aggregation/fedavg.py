@@ -1,15 +1,24 @@
-"""FedAvg over the trained adapter tensors (McMahan et al. 2017, arXiv 1602.05629), streamed.
+"""The rule 'fedavg': weighted mean of the trained adapter tensors (McMahan et al. 2017, arXiv 1602.05629), streamed.
 
-Exactness: with one factor frozen and shared (FFA-LoRA, the default) the mean of the B factors IS the mean of the
-updates B A. With both factors trained it is not: sum_i w_i B_i A_i - Bbar Abar = sum_i w_i (B_i - Bbar)(A_i - Abar).
+Exactness: where a round trains one factor and the others are common, the mean of that factor IS the mean of the
+updates, because the product is linear in it. So it is exact for FFA-LoRA (``adapter.train`` 'b', the default; Sun et
+al. 2024, arXiv 2403.12313), for RoLoRA ('alternate'; Chen et al. 2024, arXiv 2409.02346) and for Fed-SB ('core';
+Singhal et al. 2025, arXiv 2502.15436). With both factors trained (FedIT) it is not:
 
-Cost: two adapters in memory whatever the number of clients; sums in fp64.
+    sum_i w_i B_i A_i - Bbar Abar = sum_i w_i (B_i - Bbar)(A_i - Abar).
+
+Cost for an m x n matrix and rank r, in numbers each way: r m for 'b', r m or r n for 'alternate', r^2 for 'core',
+r (m + n) for 'both'. Memory: two adapters whatever the number of clients; sums in fp64.
+
+Under privacy: the noise of the mean is the mean of the noises. With 'both' the product of two noised factors also
+holds the product of their noises, which no clip bounds.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
-from fedmentor_core.aggregation.base import State, WeightedUpdate
+from fedmentor_core.aggregation.base import State, Updates, WeightedUpdate
+from fedmentor_core.config import AggregationConfig
 
 
 def fedavg(global_state: State, updates: Iterable[WeightedUpdate]) -> dict[str, Any]:
@@ -36,3 +45,25 @@ def fedavg(global_state: State, updates: Iterable[WeightedUpdate]) -> dict[str, 
     if abs(total - 1.0) > 1e-9:
         raise ValueError(f"Expected weights to sum to 1, got {total}.")
     return {name: value.to(global_state[name].dtype) for name, value in sums.items()}
+
+
+class FedAvg:
+    """See the module."""
+
+    name = "fedavg"
+    trains = frozenset({"b", "both", "alternate", "core"})
+    weighs = True
+    joins_products = False
+    corrects_base = False
+    fits_ranks = False
+
+    def least_clients(self, settings: AggregationConfig) -> int:
+        """One update is its own mean."""
+        return 1
+
+    def join(self, settings: AggregationConfig, scale: float, before: State, updates: Updates) -> dict[str, Any]:
+        """The mean of each tensor."""
+        return fedavg(before, updates.stream())
+
+
+RULE = FedAvg()

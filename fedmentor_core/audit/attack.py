@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedmentor_core.adapters.lora import load_state, trainable_parameters
+from fedmentor_core.adapters.lora import cut_to_rank, load_state, trainable_parameters
 from fedmentor_core.audit.canaries import AuditWorkspace
 from fedmentor_core.audit.meter import SeenStep
 from fedmentor_core.audit.probes import padded
@@ -50,20 +50,24 @@ def loss_scores(
     The first: in each round, loss under the global adapter that the client started from minus loss under its update,
     summed over rounds. The second: loss under the untrained backbone minus loss under the final adapter.
     """
-    data = workspace.canary_set(domain)
-    model = workspace.model_with(workspace.initial_adapter.trained)
+    data, rank = workspace.canary_set(domain), workspace.config.adapter_of(domain).rank
+    model = workspace.model_with(workspace.initial_adapter.trained, domain=domain)
     known: dict[str, list[float]] = {}
 
-    def losses_under(adapter: ArtifactRef) -> list[float]:
-        if adapter.sha256 not in known:
-            load_state(model, workspace.get_adapter(adapter))
-            known[adapter.sha256] = losses(model, data, workspace.backbone.device)
-        return known[adapter.sha256]
+    def losses_under(adapter: ArtifactRef, update: ArtifactRef | None = None) -> list[float]:
+        """Under a global adapter, or under a client's update of it, which holds only what the round trained."""
+        scored = adapter if update is None else update
+        if scored.sha256 not in known:
+            trained = {} if update is None else workspace.get_update(update)
+            load_state(model, {**cut_to_rank(workspace.get_adapter(adapter), rank), **trained})
+            known[scored.sha256] = losses(model, data, workspace.backbone.device)
+        return known[scored.sha256]
 
     scores = [0.0] * data.n_units
     for one in done:
         assert one.update.update is not None
-        before, after = losses_under(one.assignment.global_adapter), losses_under(one.update.update)
+        start = one.assignment.global_adapter
+        before, after = losses_under(start), losses_under(start, one.update.update)
         scores = [score + b - a for score, b, a in zip(scores, before, after, strict=True)]
     base, tuned = losses_under(workspace.initial_adapter.trained), losses_under(final)
     return scores, [b - a for b, a in zip(base, tuned, strict=True)]
@@ -91,13 +95,13 @@ def gradient_scores(workspace: AuditWorkspace, done: Sequence[ClientTrace], plan
     import torch
 
     data = workspace.canary_set(plan.domain)
-    model = workspace.model_with(workspace.initial_adapter.trained)
     expected = plan.sample_rate * workspace.training_set(plan.domain).n_units
     scores = torch.zeros(data.n_units, dtype=torch.float64)
     for one in done:
         if one.gradient is None:
             continue
-        load_state(model, workspace.get_adapter(one.assignment.global_adapter))
+        assignment = one.assignment
+        model = workspace.model_with(assignment.global_adapter, assignment.round_index, assignment.domain)
         every = max(1, one.gradient.numel() // _MOST_COORDINATES)
         noised = one.gradient[::every].double().cpu() * expected / plan.clip_norm
         rows = _clipped_gradients(workspace, model, data, plan.clip_norm, every)

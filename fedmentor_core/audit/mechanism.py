@@ -43,7 +43,7 @@ class Mechanism(Record):
         }
         sections = {"adapter": config.adapter, "training": config.training, "adaptation": config.adaptation}
         for name, section in sections.items():
-            parts |= _flat(name, section.model_dump(mode="json"))
+            parts |= _flat(name, section.model_dump(mode="json", exclude={"start_from"}))  # a place, not a setting
         parts |= _flat("privacy", config.privacy.model_dump(mode="json", include=set(_RUN_PRIVACY)))
         for domain in config.domains:
             parts |= _flat(f"domains.{domain.name}", _promise(config, domain))

@@ -10,11 +10,10 @@ Everything here is a pure function of the policy, public numbers and what is ask
 
 import math
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from fedmentor_core.config import AdapterConfig, DomainConfig, Name, Section, StudyConfig
+from fedmentor_core.config import AdapterConfig, DomainConfig, Name, Section, StudyConfig, TrainedFactors
 from fedmentor_core.config_io import explain, read_mapping
 from fedmentor_core.errors import ConfigError
 from fedmentor_core.hashing import canonical_sha256
@@ -28,7 +27,7 @@ EXAMPLE = "infra/policies/site_policy_example.yaml"
 class AllowedAdapters(Section):
     """Which adapters may be trained on the domain's posts. What is left out is not restricted."""
 
-    train: tuple[Literal["b", "both"], ...] | None = Field(default=None, min_length=1, description="Train modes.")
+    train: tuple[TrainedFactors, ...] | None = Field(default=None, min_length=1, description="Train modes.")
     max_rank: int | None = Field(default=None, ge=1, description="Largest LoRA rank.")
     target_modules: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="Names of the linear modules that may be adapted, such as q_proj."

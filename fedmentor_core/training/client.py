@@ -46,6 +46,7 @@ class LocalRound:
     clip_norm: float
     order_seed: int
     noise_seed: int | None = None
+    prox_mu: float = 0.0
 
 
 def train_locally(
@@ -73,7 +74,8 @@ def train_locally(
 
     Guarantees:
         With noise, the returned tensors are a function of ``plan.steps`` sampled Gaussian mechanisms of sensitivity
-        ``clip_norm``, sampling each unit with ``plan.sample_rate`` (see ``privacy/engine.py``).
+        ``clip_norm``, sampling each unit with ``plan.sample_rate`` (see ``privacy/engine.py``). FedProx's term
+        (``plan.prox_mu``) is added to what each of these mechanisms released, so it changes nothing of that.
     """
     import torch
     from torch.optim import AdamW
@@ -83,6 +85,8 @@ def train_locally(
     optimizer: Any = AdamW(
         list(trainable_parameters(model).values()), lr=config.learning_rate, weight_decay=config.weight_decay
     )
+    if plan.prox_mu > 0:
+        optimizer.register_step_pre_hook(partial(_pull_back, list(before.values()), plan.prox_mu))
     # Amplification by sampling needs a sample that nobody else knows, so a private run draws it from the system's
     # entropy too; only seeded (not private) and non-private runs are reproducible.
     order_seed = plan.order_seed if not private or plan.noise_seed is not None else None
@@ -239,6 +243,19 @@ def _plain_step(optimizer: Any, batches: Iterator[_Microbatch], loss: Loss, expe
         (loss(batch).sum() / expected_units).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def _pull_back(anchors: Sequence[Any], mu: float, optimizer: Any, *_: object) -> None:
+    """Add the gradient of mu/2 ||theta - theta_global||^2 (FedProx, Li et al. 2020, arXiv 1812.06127).
+
+    It runs as the optimizer steps: after clipping and noise, on the gradient that was released. The term is a function
+    of the parameters alone, and those came from earlier releases, so the step is post-processing and the mechanism is
+    the same as without it. Added before the clip it would be clipped with every unit's gradient, and bend it.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter, anchor in zip(parameters, anchors, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - anchor, alpha=mu)
 
 
 def _assert_moved(model: Any, before: dict[str, Any]) -> None:

@@ -91,7 +91,7 @@ def joint_norm(gradient: list[torch.Tensor]) -> float:
     return float(torch.cat([g.flatten() for g in gradient]).norm())
 
 
-@pytest.mark.parametrize("train", ["b", "both"])
+@pytest.mark.parametrize("train", ["b", "both", "core"])
 @pytest.mark.parametrize("how", ["one", "all"])
 @pytest.mark.parametrize("microbatch", [1, 4, 64])
 def test_step_equals_the_sum_of_clipped_unit_gradients(

@@ -91,7 +91,7 @@ def test_unknown_key_of_a_domain_is_named(base: dict[str, Any]) -> None:
         ("privacy.reserve_fraction", 1.0, "less than 1"),
         ("privacy.mode", "maybe", "'dp' or 'none'"),
         ("training.batch_size", "many", "valid integer"),
-        ("adapter.train", "a", "'b' or 'both'"),
+        ("adapter.train", "a", "'b', 'both', 'alternate' or 'core'"),
         ("backbone.sha256", "abc", "pattern"),
         ("storage.url", "/plain/path", "pattern"),
         ("adapter.target_modules", [], "at least one module"),
