@@ -95,3 +95,7 @@ class SharedPostsError(BudgetError):
 
 class DeadlineError(FedMentorError):
     """A step loop that ran past its deadline."""
+
+
+class IsolationError(FedMentorError):
+    """A client's own process that ended without an answer, or would not end."""

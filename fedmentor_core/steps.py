@@ -6,15 +6,17 @@ What fails for good is reported as a fact about the round; only a broken ledger 
 from collections.abc import Callable, Sequence
 
 from fedmentor_core import rounds
-from fedmentor_core.client_round import failed_client, run_client
+from fedmentor_core.client_round import failed_client
 from fedmentor_core.discretion import failure_reason
 from fedmentor_core.errors import (
     AnswerRejectedError,
     ConfigError,
+    DeadlineError,
     LedgerError,
     SiteError,
     SiteUnavailableError,
 )
+from fedmentor_core.isolation import train_client_here
 from fedmentor_core.privacy.validation_plan import SetName
 from fedmentor_core.progress import Listener, ProgressEvent
 from fedmentor_core.records import (
@@ -30,6 +32,7 @@ from fedmentor_core.records import (
 from fedmentor_core.site.asking import Deliver, ask_evaluation, ask_plan, ask_training
 from fedmentor_core.site.planning import joined_plan
 from fedmentor_core.site.spending import most_spent_epsilon
+from fedmentor_core.slots import held_gpu
 from fedmentor_core.workspace import Workspace
 
 
@@ -43,7 +46,7 @@ def train_with_retries(
             return train_one(workspace, assignment, listen, deliver)
         except LedgerError:
             raise
-        except (SiteUnavailableError, AnswerRejectedError) as final:
+        except (AnswerRejectedError, DeadlineError, SiteUnavailableError) as final:  # another try would charge in vain
             error = final
             break
         except Exception as again:  # any failure of a client is a fact about the round
@@ -109,7 +112,11 @@ def train_one(
             )
         )  # fmt: skip
 
-    return run_client(workspace, assignment, on_step)
+    def on_wait() -> None:
+        listen(ProgressEvent("train", round_index=assignment.round_index, domain=assignment.domain))
+
+    with workspace.training_turns:  # threads that wait for sites must not become clients of this machine
+        return train_client_here(workspace, assignment, on_step, on_wait)
 
 
 def evaluate_one(
@@ -130,7 +137,8 @@ def evaluate_one(
     def on_batch(done: int, total: int) -> None:
         listen(ProgressEvent("evaluate", domain=domain, completed=done, total=total))
 
-    return rounds.evaluate(workspace, adapter, domain, split, on_batch)
+    with held_gpu(workspace.config, lambda: listen(ProgressEvent("evaluate", domain=domain))):
+        return rounds.evaluate(workspace, adapter, domain, split, on_batch)
 
 
 def _required(deliver: Deliver | None) -> Deliver:
