@@ -2,7 +2,8 @@
 
 Evidence is a tag that names what it speaks of by digest, and it is stale when that is no longer so:
 
-- the gate's verdict, when it judged another adapter than the registered one;
+- the gate's verdict, when it judged another adapter than the registered one, or compared it with a champion that is no
+  longer the champion;
 - the registered files, when they no longer have the digest they were registered with;
 - an audit, when it audited another mechanism;
 - the ledger, when an account's chain is broken or no longer holds the entry that was its newest at registration; of an
@@ -32,8 +33,10 @@ from tasks.registration_records import (
     PRIVATE_TAG,
     PROMISE_TAG,
     REASONS_TAG,
+    RIVAL_TAG,
     DomainPromise,
 )
+from tasks.registry_client import CHAMPION, aliases_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,6 +48,7 @@ def obstacle(
     """Why a version with these tags may not be champion; empty when it may."""
     return (
         _of_gate(tags)
+        or _of_rival(client, name, version, tags)
         or _of_privacy(tags, allow_not_private)
         or _of_audit(tags)
         or _of_files(client, tracking_uri, name, version)
@@ -61,6 +65,14 @@ def _of_gate(tags: Mapping[str, str]) -> str:
         spoke = f"judged adapter {judged[:12]}" if judged else "names no adapter"
         return f"its gate's verdict {spoke}, and the version holds {tags.get(ADAPTER_TAG, 'none')[:12]}"
     return ""
+
+
+def _of_rival(client: "MlflowClient", name: str, version: str, tags: Mapping[str, str]) -> str:
+    rival = tags.get(RIVAL_TAG)
+    now = aliases_of(client, name).get(CHAMPION, "none")
+    if rival is None or now in (rival, version):
+        return ""
+    return f"its gate compared it with champion {rival}, and champion now is {now}; run its study again"
 
 
 def _of_privacy(tags: Mapping[str, str], allow_not_private: bool) -> str:

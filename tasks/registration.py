@@ -12,7 +12,7 @@ from fedmentor_core.discretion import discreet
 from fedmentor_core.lineage import Lineage, lineage_of
 from fedmentor_core.records import ArtifactRef, GateSummary, ModelSummary, Record, StudySummary
 from fedmentor_core.study_ref import StudyRef
-from fedmentor_core.workspace import workspace_of
+from fedmentor_core.workspace import Workspace, workspace_of
 from tasks.registration_records import BackboneReference, DomainPromise, Registration
 from tasks.registry import register_and_decide
 from tasks.tracking import git_sha
@@ -55,6 +55,7 @@ def register_adapter(
         mechanism=Mechanism.of(config, workspace.backbone.sha256),
         lineage=lineage,
         audit_required=config.audit.before_promotion,
+        rival=_rival(workspace) if config.compares_with_champion else None,
     )
     model = register_and_decide(tracking_uri, registration, target, _verdict(summary, lineage), audit=audit)
     registered = RegisteredAs(name=model.name, version=model.version)
@@ -77,6 +78,11 @@ def _verdict(summary: StudySummary, lineage: Lineage) -> GateSummary:
     if selected.gate.passed and summary.status != "promoted":  # an adapter that no client of this study trained
         return GateSummary(passed=False, reasons=("no client trained in the round that passed",))
     return selected.gate
+
+
+def _rival(workspace: Workspace) -> str:
+    champion = workspace.champion
+    return "none" if champion is None else champion.version
 
 
 def _portable_name(name: str) -> str:

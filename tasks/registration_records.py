@@ -25,6 +25,8 @@ GATE_TAG = "gate"
 REASONS_TAG = "gate_reasons"
 GATE_ADAPTER_TAG = "fedmentor.gate_adapter_sha256"
 """Digest of the registered files that the gate's verdict speaks of."""
+RIVAL_TAG = "fedmentor.gate_champion"
+"""Version that was champion when the gate compared with it; 'none' where there was none; absent: it did not compare."""
 DATASET_TAG = "fedmentor.dataset_fingerprint"
 LEDGER_TAG = "fedmentor.ledger"
 HEAD_TAG = "fedmentor.ledger_head"
@@ -104,11 +106,15 @@ class Registration(Record):
     mechanism: Mechanism
     lineage: Lineage
     audit_required: bool = Field(default=False, description="The study's audit.before_promotion.")
+    rival: str | None = Field(
+        default=None, description="Champion's version that the gate compared with, or 'none'; None: it did not compare."
+    )
 
 
 def identity_tags(registration: Registration, adapter_sha256: str) -> dict[str, str]:
     """Tags that say where an adapter comes from."""
-    return {
+    rival = {} if registration.rival is None else {RIVAL_TAG: registration.rival}
+    return rival | {
         RUN_ID_TAG: registration.study_run_id,
         ADAPTER_TAG: adapter_sha256,
         CONFIG_TAG: registration.config_sha256,

@@ -197,3 +197,27 @@ def test_a_missing_audit_is_refused_where_one_is_asked_for(held, registration):
 
 def test_no_registered_model_has_no_alias(tracking_uri):
     assert find_alias(mlflow_client(tracking_uri), "nobody", "champion") is None
+
+
+def test_a_verdict_against_another_champion_is_stale(registration, tracking_uri, adapter):
+    """Two studies compared themselves with the same champion: the slower one must not replace the faster one unseen."""
+    first = register_and_decide(tracking_uri, registration(rival="none"), adapter, PASSED)
+    assert "champion" in first.aliases
+    faster, slower = (
+        register_challenger(tracking_uri, registration(rival=first.version, study_run_id=run_id), adapter)
+        for run_id in ("run-1", "run-2")
+    )
+    made = [
+        decide(tracking_uri, NAME, one.version, PASSED, judged_sha256=_digest(tracking_uri, one.version))
+        for one in (faster, slower)
+    ]
+    assert "champion" in made[0].aliases
+    assert "champion" not in made[1].aliases
+    assert champion(tracking_uri, NAME).version == faster.version
+    with pytest.raises(GateError, match=f"compared it with champion {first.version}, and champion now is"):
+        promote(tracking_uri, NAME, slower.version, reason="please")
+    assert promote(tracking_uri, NAME, faster.version, reason="again").version == faster.version
+
+
+def _digest(tracking_uri: str, version: str) -> str:
+    return mlflow_client(tracking_uri).get_model_version(NAME, version).tags["fedmentor.adapter_sha256"]
