@@ -130,8 +130,9 @@ def _fields_at(root: type[BaseModel], location: Sequence[str]) -> list[str]:
 
 
 def config_sha256(config: StudyConfig) -> str:
-    """Digest of what the study computes: execution and the places of storage, tracking and sites do not count."""
+    """Digest of what the study computes: places and ways do not count: storage, tracking, execution, sites, folders."""
     from fedmentor_core.hashing import canonical_sha256
 
     places: Any = {"storage": True, "tracking": True, "execution": True, "sites": True, "data": {"root"}}
+    places["evaluation"] = {"bertscore": {"folder"}, "toxicity": {"folder"}}
     return canonical_sha256(config.model_dump(mode="json", exclude=places))

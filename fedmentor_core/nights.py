@@ -15,7 +15,9 @@ from fedmentor_core.privacy.accountant import conversion_cost
 from fedmentor_core.privacy.filter import PrivacyAccount
 from fedmentor_core.records import SCHEMA_VERSION, DomainPlan, ModelSummary, Record, RoundSummary, StudyPlan
 
-Outcome = Literal["promoted", "held", "budget_exhausted", "failed", "nothing_new", "no_budget", "abandoned"]
+Outcome = Literal[
+    "promoted", "held", "budget_exhausted", "failed", "nothing_new", "no_budget", "site_down", "abandoned"
+]
 
 _ROUNDING = 1e-6
 _NO_LEDGER_HERE = ("invented", "site")
@@ -27,6 +29,7 @@ _MEANING: dict[Outcome, str] = {
     "failed": "failed; the champion stays",
     "nothing_new": "skipped: nothing new to train on",
     "no_budget": "skipped: no budget for tonight",
+    "site_down": "skipped: without every site no model could pass its gate",
     "abandoned": "given up: it was cut short, and could not be taken up again",
 }
 
@@ -114,19 +117,33 @@ def domains_with_news(fingerprints: Mapping[str, str], champions: Mapping[str, s
     return frozenset(name for name, found in fingerprints.items() if (champions or {}).get(name) != found)
 
 
-def why_not_tonight(plan: StudyPlan, news: frozenset[str], champion: str | None) -> tuple[Outcome, str] | None:
+def why_not_tonight(
+    plan: StudyPlan, news: frozenset[str], champion: str | None, config: StudyConfig
+) -> tuple[Outcome, str] | None:
     """The reason to skip a night, or None.
 
+    A candidate must be judged on every domain, and a domain at a site is judged only by a site that takes part. So
+    where one site is down, or its budget is spent, the others' budget would be spent on a night that is lost.
+
     Args:
-        plan: made of the lifetime ledgers.
+        plan: made of the lifetime ledgers, by the sites for their own domains.
         news: domains with new data.
         champion: its version.
+        config: the study.
     """
+    answered = {one.domain for one in plan.domains}
+    absent = tuple(f"domain {one.name!r} takes no part" for one in config.domains if one.name not in answered)
+    if absent:
+        return "site_down", "; ".join(one.rstrip(".") for one in plan.warnings if one.startswith(absent))
     if not news:
         return "nothing_new", f"no domain has new units since the data of champion version {champion}"
     unjudged = [one.refusal for domain in plan.domains for one in domain.validation if one.refusal]
     if unjudged:
         return "no_budget", "; ".join(unjudged)
+    at_sites = [one for one in plan.domains if config.domain(one.domain).site is not None]
+    refused = [refusal for one in at_sites for refusal in one.refusals]
+    if refused:
+        return "no_budget", "; ".join(reason.rstrip(".") for reason in refused)
     open_tonight = [one for one in plan.domains if not one.refusals and not _planned_nights_are_over(one)]
     if open_tonight:
         return None

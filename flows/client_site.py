@@ -11,6 +11,7 @@ from fedmentor_core.errors import SiteError
 from fedmentor_core.site.answering import answer_or_tell
 from fedmentor_core.site.file import site_file_of_environment
 from fedmentor_core.site.requests import SiteRequest
+from tasks.gpu_slots import gpu_limit_of_environment, prefect_slot
 
 
 @flow(name="client-site", persist_result=False, log_prints=False, validate_parameters=True)
@@ -21,6 +22,7 @@ def client_site(request: SiteRequest) -> None:
     Args:
         request: what the server asks; the site's own file completes it, and its policy may refuse it.
     """
-    failure = answer_or_tell(request, site_file_of_environment)
+    with prefect_slot(None if request.kind == "plan" else gpu_limit_of_environment()):
+        failure = answer_or_tell(request, site_file_of_environment)
     if failure is not None:
         raise SiteError(failure.reason)

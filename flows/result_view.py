@@ -12,11 +12,12 @@ from fedmentor_core.privacy.ledger_view import LedgerView, Tonight
 from fedmentor_core.records import DomainPlan, ReductionCost, StudyPlan, StudySummary
 
 _METRICS = (
-    ("BERTScore F1", "bertscore_f1", True),
-    ("ROUGE-L", "rouge_l", True),
-    ("label F1", "label_f1", True),
-    ("safe-output rate", "safe_rate", True),
-    ("toxicity, mean", "toxicity_mean", False),
+    ("BERTScore F1", "bertscore_f1"),
+    ("ROUGE-L", "rouge_l"),
+    ("label F1", "label_f1"),
+    ("perplexity of references", "perplexity"),
+    ("safe-output rate", "safe_rate"),
+    ("toxicity, mean", "toxicity_mean"),
 )
 
 
@@ -30,12 +31,21 @@ def print_summary(summary: StudySummary, folder: Path) -> None:
     )
     if summary.final is not None:
         table = Table(title="Test set, which no decision looked at", title_justify="left")
-        for heading in ("metric", "untrained", "final", "change"):
+        with_interval = summary.final.intervals is not None
+        for heading in ("metric", "untrained", "final", *(["95 % interval"] if with_interval else []), "change"):
             table.add_column(heading, justify="left" if heading == "metric" else "right")
-        for label, name, _ in _METRICS:
+        for label, name in _METRICS:
             before, after = getattr(summary.baseline, name), getattr(summary.final, name)
-            table.add_row(label, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+            if before is None or after is None:
+                continue  # not measured, or not released of a private set
+            found = (summary.final.intervals or {}).get(name)
+            interval = [] if not with_interval else ["" if found is None else f"{found[0]:.4f} to {found[1]:.4f}"]
+            table.add_row(label, f"{before:.4f}", f"{after:.4f}", *interval, f"{after - before:+.4f}")
         console.print(table)
+        for one in () if summary.safety_final is None else summary.safety_final.sets:
+            kinds = (("unsafe", one.n_unsafe, one.unsafe_refusal_rate), ("safe", one.n_safe, one.over_refusal_rate))
+            refused = " and ".join(f"{rate:.0%} of {n} {kind} ones" for kind, n, rate in kinds if rate is not None)
+            console.print(f"Safety prompts, {one.name}: refused {refused}", highlight=False)
     clients = summary.rounds[-1].clients if summary.rounds else ()
     table = Table(title="Privacy, over each domain's lifetime", title_justify="left")
     for heading in ("domain", "units", "epsilon spent", "of budget", "delta", "noise multiplier"):

@@ -10,6 +10,7 @@ from fedmentor_core.records import (
     EvaluationMetrics,
     Record,
     RoundSummary,
+    SafetyEvaluation,
     Sample,
     ScorerIdentities,
 )
@@ -24,6 +25,37 @@ class Identity(Record):
     scorers: ScorerIdentities
     splits: dict[str, str] = Field(description="Digest of each domain's training, gate and test posts together.")
     evaluation_sha256: str = Field(description="Digest of the evaluation settings (rows, tokens, prompts).")
+    schedule: dict[str, int] = Field(default={}, description="Rounds, steps a round, and expected units a step.")
+
+
+class Cell(Record):
+    """One point of the grid: an arm, a seed, and on the frontier the one budget of every domain."""
+
+    arm: str
+    seed: int
+    epsilon: float | None = Field(default=None, description="None in the table's own cells.")
+
+    def __str__(self) -> str:
+        """In words."""
+        budget = "" if self.epsilon is None else f" at epsilon {self.epsilon:g}"
+        return f"{self.arm}{budget}, seed {self.seed}"
+
+
+class KeyedCell(Cell):
+    """A cell and the digest of all that decides its result."""
+
+    key: str
+
+
+class ComparisonFile(Record):
+    """``comparison.json``: what an output folder holds, so that the same command resumes it and others can join it."""
+
+    comparison_id: str
+    study: str
+    config_sha256: str = Field(description="Of the study; of joined tables, empty.")
+    against: str
+    data_is_public: bool = False
+    cells: tuple[KeyedCell, ...]
 
 
 class CellResult(Record):
@@ -39,18 +71,19 @@ class CellResult(Record):
     final: EvaluationMetrics = Field(description="On the test set, of the adapter after the last round.")
     rounds: tuple[RoundSummary, ...] = Field(default=(), description="Gate metrics, noise and bytes of each round.")
     samples: tuple[Sample, ...] = Field(default=(), description="Outputs on the public gate set, same prompts per arm.")
+    safety: SafetyEvaluation | None = Field(
+        default=None,
+        description="Of the final adapter on the safety prompts; None: none are configured, or an adapter per domain.",
+    )
     epsilon_spent: dict[str, float] = Field(default={}, description="By domain; empty without privacy.")
     bytes_total: int = 0
     seconds: float
     warnings: tuple[str, ...] = ()
 
 
-class FailedCell(Record):
+class FailedCell(Cell):
     """A cell that could not be finished; the others are kept."""
 
-    arm: str
-    seed: int
-    epsilon: float | None = None
     reason: str
 
 
@@ -108,6 +141,6 @@ class ComparisonTable(Record):
     identity: Identity | None = None
     failures: tuple[FailedCell, ...] = ()
     warnings: tuple[str, ...] = ()
-    machine: dict[str, str] = {}
+    machine: dict[str, str] = Field(default={})
     command: str = ""
     seconds_total: float = Field(description="Sum over cells, as if none had been reused.")

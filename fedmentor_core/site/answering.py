@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedmentor_core import rounds
-from fedmentor_core.client_round import run_client
 from fedmentor_core.discretion import places_of, texts_withheld
 from fedmentor_core.errors import AlreadyExistsError, BudgetError, DeadlineError, FedMentorError, SharedPostsError
+from fedmentor_core.isolation import train_client_here
 from fedmentor_core.records import ClientUpdate, DomainEvaluation, DomainPlan
 from fedmentor_core.site.file import RequestRefusedError, SiteFile
 from fedmentor_core.site.requests import (
@@ -26,6 +26,7 @@ from fedmentor_core.site.requests import (
 )
 from fedmentor_core.site.signing import read_key_file, sign
 from fedmentor_core.site.workspace import SiteWorkspace
+from fedmentor_core.slots import held_gpu
 from fedmentor_core.storage.base import open_store
 
 OnProgress = Callable[[int, int], None]
@@ -100,9 +101,10 @@ def _carry_out(
         case PlanRequest():
             return workspace.domain_plan
         case TrainRequest():
-            return run_client(workspace, request.assignment, on_progress)
+            return train_client_here(workspace, request.assignment, on_progress, file=file)
         case EvaluateRequest():
-            return rounds.evaluate(workspace, request.adapter, request.domain, request.split, on_progress)
+            with held_gpu(workspace.config):
+                return rounds.evaluate(workspace, request.adapter, request.domain, request.split, on_progress)
 
 
 def _log_locally(error: Exception) -> None:

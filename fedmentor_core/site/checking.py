@@ -7,13 +7,14 @@ finiteness and norm of an update are checked where it is added up (``aggregation
 """
 
 import math
+import re
 from collections.abc import Iterator
 
 from pydantic import ValidationError
 
 from fedmentor_core.adapters.lora import metadata_from_bytes
 from fedmentor_core.errors import AnswerRejectedError, FedMentorError, IntegrityError
-from fedmentor_core.records import ClientUpdate, DomainEvaluation, DomainPlan
+from fedmentor_core.records import UNRELEASED_METRICS, ClientUpdate, DomainEvaluation, DomainPlan
 from fedmentor_core.site.requests import (
     EvaluateRequest,
     PlanRequest,
@@ -28,7 +29,11 @@ from fedmentor_core.storage.base import ArtifactStore
 from fedmentor_core.workspace import Workspace, update_metadata
 
 MOST_ANSWER_BYTES = 4 * 2**20
-_SHARES = ("rouge_l", "label_f1", "safe_rate", "toxicity_mean", "toxicity_max", "empty_rate")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_SHARES = (
+    "rouge_l", "label_f1", "safe_rate", "toxicity_mean", "toxicity_max", "empty_rate", "refusal_rate",
+    "repetition_rate", "toxicity_rate_05", "toxicity_rate_07",
+)  # fmt: skip
 
 
 def find_answer(
@@ -94,7 +99,7 @@ def _problems_of_plan(workspace: Workspace, request: PlanRequest, plan: DomainPl
         epsilon_budget=config.epsilon_of(domain) if is_private else None,
         privacy_level=config.privacy.level,
         planned_runs=config.privacy.planned_runs,
-        bytes_up_per_round=workspace.bytes_up,
+        bytes_up_per_round=workspace.bytes_up(domain.name),
     )
     numbers = [plan.sample_rate, plan.min_noise_multiplier, plan.delta, plan.noise_multiplier, plan.spent_rdp_before]
     if any(number is not None and not (0 <= number < math.inf) for number in numbers):
@@ -126,12 +131,16 @@ def _problems_of_update(workspace: Workspace, site: str, request: TrainRequest, 
         yield f"it says {update.status!r} where only 'trained' or 'rested' can be answered"
         return
     yield from _differences(update, steps=asked.steps, base_adapter_sha256=asked.global_adapter.sha256)
+    if plan.delta is not None and not _DIGEST.fullmatch(update.ledger_entry):
+        yield "it names no ledger entry that paid for its update"
+        return
     ref = update.update
     if not ref.key.startswith(f"{folder_of(site, asked.domain, asked.run_id)}/rounds/{asked.round_index:04d}/"):
         yield "its update is not in the site's own folder of this round"
         return
-    if not ref.n_bytes == update.bytes_up == workspace.bytes_up:
-        yield f"its update has {ref.n_bytes} bytes, expected {workspace.bytes_up}"
+    expected = workspace.bytes_up(asked.domain, asked.round_index)
+    if not ref.n_bytes == update.bytes_up == expected:
+        yield f"its update has {ref.n_bytes} bytes, expected {expected}"
         return
     yield from _problems_of_file(workspace, request, update)
 
@@ -165,8 +174,13 @@ def _problems_of_evaluation(workspace: Workspace, request: EvaluateRequest, foun
     if not 1 <= metrics.n_examples <= most:
         yield f"it scored {metrics.n_examples} examples, allowed are 1 to {most}"
     is_private = evaluation.gate_data == "private"
-    if is_private and (found.metric_std is None or found.samples or metrics.toxicity_max is not None):
-        yield "scores of a private set must be noised, without samples and without a maximum"
+    unreleased = [name for name in (*UNRELEASED_METRICS, "intervals") if getattr(metrics, name) is not None]
+    if is_private and (found.metric_std is None or found.samples or found.rows or found.alarms or unreleased):
+        yield "scores of a private set must be noised, without samples, rows, a maximum or any other metric"
+    if metrics.perplexity is not None and not 1 <= metrics.perplexity < math.inf:
+        yield "a perplexity is below 1 or not finite"
+    if found.rows is not None and len(found.rows.units) != metrics.n_examples:
+        yield f"it carries {len(found.rows.units)} rows of scores and scored {metrics.n_examples} examples"
     if len(found.samples) > evaluation.samples_in_report:
         yield f"it carries {len(found.samples)} samples, allowed are {evaluation.samples_in_report}"
 

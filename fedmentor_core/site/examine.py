@@ -10,11 +10,12 @@ from fedmentor_core.check import Check, Diagnosis
 from fedmentor_core.data.loading import load_domain_data
 from fedmentor_core.data.sources import DataConfig, LocalSource
 from fedmentor_core.discretion import failure_reason
-from fedmentor_core.privacy.ledger import Ledger
+from fedmentor_core.evaluation._libraries import sha256_of
+from fedmentor_core.privacy.ledger import Ledger, ledger_domains
 from fedmentor_core.privacy.policy import load_policy
-from fedmentor_core.records import Record
-from fedmentor_core.site.file import SiteDomain, SiteFile
-from fedmentor_core.site.signing import public_key_of, read_key_file
+from fedmentor_core.records import LedgerEntry, Record
+from fedmentor_core.site.file import SiteDomain, SiteFile, SiteScorer
+from fedmentor_core.site.signing import public_key_of, read_key_file, told_entry
 from fedmentor_core.storage.base import open_store
 from fedmentor_core.storage.probe import probe_store
 
@@ -38,8 +39,25 @@ def examine_site(file: SiteFile) -> Diagnosis:
     ]
     for name, domain in file.domains.items():
         checks += [_policy(name, domain), _data(name, domain, file), _ledger(name, file)]
+    checks += [_scorer(name, one) for name, one in file.scorers.items()]
     checks += [_writable("ledger store", file.ledger_url, file), _writable("store", str(file.written.url), file)]
     return Diagnosis(subject=f"site {file.site}", checks=tuple(checks))
+
+
+def find_entry(file: SiteFile, told: str) -> LedgerEntry | None:
+    """The ledger entry that the site told a server of by ``told``; None where no ledger of the site holds it.
+
+    Raises:
+        ConfigError: the signing key cannot be read.
+        LedgerError: a chain is broken.
+    """
+    key = read_key_file(Path(file.signing_key_file))
+    store = open_store(file.ledger_url, file.written)
+    for account in ledger_domains(store):
+        for stored in Ledger(store, account).chain():
+            if told_entry(key, stored.sha256) == told.lower():
+                return stored.entry
+    return None
 
 
 def _policy(name: str, domain: SiteDomain) -> Check:
@@ -59,6 +77,22 @@ def _data(name: str, domain: SiteDomain, file: SiteFile) -> Check:
         return f"{units} units with the usual split; gate and test posts are {domain.gate_data}"
 
     return _check(f"{name}: data", "Without posts nothing can be trained.", "Correct source and data_root.", read)
+
+
+def _scorer(name: str, scorer: SiteScorer) -> Check:
+    def digest() -> str:
+        folder = Path(scorer.folder)
+        files = [path for path in (folder / "model.safetensors",) if path.is_file()] or list(folder.glob("*.ckpt"))
+        if len(files) != 1:
+            raise _NotReliableError(f"{folder} holds neither model.safetensors nor one .ckpt")
+        found = sha256_of(files[0])
+        if found != scorer.sha256:
+            raise _NotReliableError(f"its weights have sha256 {found}, the site's file says {scorer.sha256}")
+        return f"weights {found[:12]}"
+
+    return _check(
+        f"scorer {name}", "Scores of other weights cannot be compared.", "Correct folder or sha256 in the file.", digest
+    )
 
 
 def _ledger(name: str, file: SiteFile) -> Check:

@@ -6,6 +6,7 @@ ledger, digest key, whether gate data is private, deadline, device.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
@@ -16,10 +17,12 @@ from fedmentor_core.config import DomainConfig, ExecutionConfig, Name, Section, 
 from fedmentor_core.config_io import explain, read_mapping
 from fedmentor_core.data.sources import DataConfig, LocalSource
 from fedmentor_core.errors import ConfigError, FedMentorError
+from fedmentor_core.evaluation.scorers_config import BertScoreConfig, Sha256, ToxicityConfig
 
 VARIABLE = "FEDMENTOR_SITE_FILE"
 """Environment variable of a site's worker that names the file."""
 
+_NAME_OF_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 EXAMPLE = "infra/sites/site_example.yaml"
 
 
@@ -43,6 +46,15 @@ class SiteDomain(Section):
     )
 
 
+class SiteScorer(Section):
+    """A scorer's model on a site's machine."""
+
+    folder: str = Field(description="Its folder: as for 'model' in the study's evaluation section.")
+    sha256: Sha256 = Field(
+        description="Digest of its weights (model.safetensors, or the one .ckpt); nothing else is ever scored with."
+    )
+
+
 class SiteFile(Section):
     """What a site's worker knows and no server is told. Relative paths start at the file's folder."""
 
@@ -52,13 +64,17 @@ class SiteFile(Section):
         default=None, description="A store of the site's own to write to ('url' is required), which the server reads."
     )
     ledger_url: str = Field(
-        pattern=r"^(file:///|s3://).+", description="The site's own place for its ledgers; never below the store's URL."
+        pattern=r"^(file:///|s3://).+",
+        description="The site's own place for its ledgers, never below the store's URL; without a scheme: a folder.",
     )
     signing_key_file: str = Field(description="Ed25519 private key, mode 0600; see 'fedmentor site keygen'.")
     domains: dict[Name, SiteDomain] = Field(min_length=1)
     digest_key_variable: str = Field(default="FEDMENTOR_UNIT_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     backbones: dict[str, str] = Field(
         default={}, description="Folders of backbones on this machine, by the name a study gives them."
+    )
+    scorers: dict[str, SiteScorer] = Field(
+        default={}, description="Models of BERTScore and toxicity on this machine, by the name a study gives them."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto")
     torch_threads: int | None = Field(default=None, ge=1, le=1024)
@@ -91,11 +107,14 @@ def load_site_file(path: str | Path) -> SiteFile:
         ConfigError: missing, unreadable or not valid.
     """
     raw = read_mapping(path, "site file", example=EXAMPLE)
+    folder = Path(path).resolve().parent
+    ledger = raw.get("ledger_url")
+    if isinstance(ledger, str) and "://" not in ledger:
+        raw["ledger_url"] = (folder / ledger).resolve().as_uri()
     try:
         found = SiteFile.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"{path} is not a valid site file:\n" + "\n".join(explain(error, SiteFile))) from None
-    folder = Path(path).resolve().parent
     domains = {
         name: one.model_copy(
             update={
@@ -110,6 +129,9 @@ def load_site_file(path: str | Path) -> SiteFile:
             "domains": domains,
             "signing_key_file": str(folder / found.signing_key_file),
             "backbones": {name: str(folder / place) for name, place in found.backbones.items()},
+            "scorers": {
+                name: one.model_copy(update={"folder": str(folder / one.folder)}) for name, one in found.scorers.items()
+            },
         }
     )
 
@@ -154,7 +176,7 @@ def at_site(config: StudyConfig, file: SiteFile) -> StudyConfig:
         }
     )
     backbone = config.backbone
-    toxicity = config.evaluation.toxicity.model_copy(update={"trusted_sha256": ()})  # no server says which pickles run
+    evaluation = config.evaluation
     return config.model_copy(
         update={
             "domains": (domain,),
@@ -174,11 +196,43 @@ def at_site(config: StudyConfig, file: SiteFile) -> StudyConfig:
                     "max_composed_epsilon": _least(config.privacy.max_composed_epsilon, file.max_composed_epsilon),
                 }
             ),
-            "evaluation": config.evaluation.model_copy(update={"toxicity": toxicity}),
+            "evaluation": evaluation.model_copy(
+                update={
+                    "bertscore": evaluation.bertscore.model_copy(update=_scorer_here(evaluation.bertscore, file)),
+                    "toxicity": evaluation.toxicity.model_copy(update=_scorer_here(evaluation.toxicity, file)),
+                }
+            ),
             "storage": file.written,
             "execution": ExecutionConfig(torch_threads=file.torch_threads),
         }
     )
+
+
+def _scorer_here(asked: BertScoreConfig | ToxicityConfig, file: SiteFile) -> dict[str, object]:
+    """Where a scorer is on this machine, as the site's file says. No server says which pickles may be opened.
+
+    Raises:
+        RequestRefusedError: the site has the model with other weights than the study asks for, or the study names a
+            folder of this machine.
+    """
+    own = file.scorers.get(asked.model)
+    pickles: dict[str, object] = {}
+    if isinstance(asked, ToxicityConfig):
+        pickles["trusted_sha256"] = () if own is None else (own.sha256,)
+    if own is not None:
+        if asked.sha256 not in (None, own.sha256):
+            raise RequestRefusedError(
+                f"the study wants scorer {asked.model!r} with weights sha256 {asked.sha256}, site {file.site!r} has it "
+                f"with {own.sha256}. Agree on one."
+            )
+        return pickles | {"folder": own.folder, "sha256": own.sha256}
+    is_path = not _NAME_OF_MODEL.fullmatch(asked.model) or Path(asked.model).exists()
+    if is_path and asked.model != "embedded":
+        raise RequestRefusedError(
+            f"the study names scorer {asked.model!r}, which is no published name. Give one, and let site "
+            f"{file.site!r} say in its file under 'scorers' where it is."
+        )
+    return pickles | {"folder": None}
 
 
 def _least(*limits: float | None) -> float | None:

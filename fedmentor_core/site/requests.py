@@ -24,6 +24,7 @@ from fedmentor_core.hashing import canonical_sha256
 from fedmentor_core.records import ArtifactRef, ClientAssignment, ClientUpdate, DomainEvaluation, DomainPlan, Record
 from fedmentor_core.workspace import SITES_FOLDER
 
+_RULES_TOLD = ("fedex", "svd")  # what a client reads or trains depends on them
 RUN_ID_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,100}$"
 
 
@@ -140,14 +141,25 @@ def told_to_site(config: StudyConfig, domain: DomainConfig) -> StudyConfig:
         one if one.scope in ("overall", "each", domain.name) else one.model_copy(update={"scope": "each"})
         for one in config.evaluation.thresholds
     )
+    evaluation = config.evaluation
     return config.model_copy(
         update={
             "domains": (domain,),
             "sites": {domain.site: config.sites[domain.site].model_copy(update={"store_url": None})},
             "data": config.data.model_copy(update={"root": None}),
             "privacy": config.privacy.model_copy(update={"ledger_url": None}),
-            "evaluation": config.evaluation.model_copy(update={"thresholds": tuple(thresholds)}),
-            "aggregation": AggregationConfig(),
+            "evaluation": evaluation.model_copy(
+                update={
+                    "thresholds": tuple(thresholds),
+                    "bertscore": evaluation.bertscore.model_copy(update={"folder": None}),
+                    "toxicity": evaluation.toxicity.model_copy(update={"folder": None}),
+                }
+            ),
+            "adapter": config.adapter.model_copy(update={"start_from": None}),
+            "aggregation": AggregationConfig(
+                rule=config.aggregation.rule if config.aggregation.rule in _RULES_TOLD else "fedavg",
+                prox_mu=config.aggregation.prox_mu,
+            ),
             "storage": StorageConfig(),
             "tracking": TrackingConfig(reference_run_id=config.tracking.reference_run_id),
             "audit": AuditConfig(),

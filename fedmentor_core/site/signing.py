@@ -1,5 +1,7 @@
 """Ed25519 signatures on a site's answers (RFC 8032): the server believes a key, not a place in a store."""
 
+import hashlib
+import hmac
 import os
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from fedmentor_core.secret_file import read_secret_file
 from fedmentor_core.site.requests import Answer, SignedAnswer
 
 _CONTEXT = b"fedmentor site answer 1\0"
+_ENTRY_CONTEXT = b"fedmentor ledger entry 1\0"
 _HOW = "Make one with: fedmentor site keygen --out FILE"
 
 
@@ -74,6 +77,16 @@ def verified(signed: SignedAnswer, public_key: str) -> Answer:
             "It was changed, or the site signs with another key (sites.NAME.public_key)."
         ) from None
     return signed.answer
+
+
+def told_entry(key: Ed25519PrivateKey, sha256: str) -> str:
+    """What the server is told in the place of a ledger entry's digest: HMAC-SHA256 under the site's private key.
+
+    An entry may hold a number about private data, such as how many posts two accounts share, between fields that can
+    be guessed; its plain digest would let anybody try the numbers out. The site can always show which entry it meant.
+    """
+    secret = key.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
+    return hmac.new(secret, _ENTRY_CONTEXT + sha256.encode("ascii"), hashlib.sha256).hexdigest()
 
 
 def _signed_bytes(answer: Answer) -> bytes:

@@ -7,6 +7,7 @@ known (``docs/sites.md``).
 
 import logging
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from fedmentor_core.adapters.lora import attach, load_state
@@ -17,6 +18,7 @@ from fedmentor_core.privacy.refusals import refused
 from fedmentor_core.records import ArtifactRef, DomainPlan, StudyPlan
 from fedmentor_core.site.file import RequestRefusedError, SiteFile, at_site
 from fedmentor_core.site.requests import EvaluateRequest, PlanRequest, TrainRequest, folder_of
+from fedmentor_core.site.signing import read_key_file, told_entry
 from fedmentor_core.storage.base import ArtifactStore, open_store
 from fedmentor_core.study_ref import StudyRef
 from fedmentor_core.workspace import SITES_FOLDER, Workspace
@@ -37,6 +39,7 @@ class SiteWorkspace(Workspace):
         self.request = request
         self.site = file.site
         self._study_storage = file.store
+        self._key_file = Path(file.signing_key_file)
         self.domain = request.domain
 
     def key(self, path: str) -> str:
@@ -64,6 +67,11 @@ class SiteWorkspace(Workspace):
                 f"run {self.ref.run_id!r} came to site {self.site!r} with another configuration before. Start a new "
                 "run."
             ) from None
+
+    def newest_entry(self, domain: str) -> str:
+        """As the server is told of it: nothing of the entry can be found out from it."""
+        sha256 = super().newest_entry(domain)
+        return told_entry(read_key_file(self._key_file), sha256) if sha256 else ""
 
     @property
     def domain_plan(self) -> DomainPlan:

@@ -188,7 +188,7 @@ def test_plan_as_json_has_its_contract(config_file, capsys, monkeypatch):
         assert domain["epsilon_planned_rdp"] <= domain["epsilon_budget"]
 
 
-@pytest.mark.parametrize("name", ["run", "plan", "ledger", "report", "generate", "promote", "rollback"])
+@pytest.mark.parametrize("name", ["run", "plan", "ledger", "report", "generate", "promote", "rollback", "track"])
 def test_every_command_has_help_with_an_example(name, capsys, monkeypatch):
     code, shown, _ = call(capsys, monkeypatch, name, "--help")
     assert code == 0

@@ -160,7 +160,9 @@ STORE_KEYS = (
     r"plan\.json",
     r"adapters/[0-9a-f]{64}\.safetensors",
     r"evaluations/[0-9a-f]{24}/(gate|test)-(one|two)\.json",
+    r"evaluations/[0-9a-f]{24}/safety\.json",  # rates over public prompts, no text
     r"models/fedmentor-adapter-\d+\.json",  # lineage of the registered version: digests and names
+    r"references/[^/]+\.json",  # another run's gate metrics, as MLflow shows them
     r"rounds/\d{4}/manifest\.json",
     r"rounds/\d{4}/clients/(one|two)/update-\d{3}\.safetensors",
     r"rounds/\d{4}/clients/(one|two)/update\.json",
@@ -194,15 +196,21 @@ def test_an_update_says_nothing_beside_its_tensors_but_run_round_and_base(run):
 
 CLOSED = {
     records.ClientUpdate: {
-        "run_id", "round_index", "domain", "status", "reason", "attempt", "update", "base_adapter_sha256", "n_units",
-        "sample_rate", "steps", "noise_multiplier", "clip_norm", "epsilon_spent", "epsilon_budget", "delta", "bytes_up",
-        "bytes_down", "seconds",
-    },
-    records.ClientSummary: {
-        "domain", "status", "reason", "n_units", "sample_rate", "steps", "noise_multiplier", "clip_norm", "epsilon_spent",
+        "run_id", "round_index", "domain", "status", "reason", "attempt", "update", "base_adapter_sha256",
+        "ledger_entry", "n_units", "sample_rate", "steps", "noise_multiplier", "clip_norm", "epsilon_spent",
         "epsilon_budget", "delta", "bytes_up", "bytes_down", "seconds",
     },
-    records.DomainEvaluation: {"domain", "split", "metrics", "metric_std", "samples", "scorers", "seconds"},
+    records.ClientSummary: {
+        "domain", "status", "reason", "ledger_entry", "n_units", "sample_rate", "steps", "noise_multiplier",
+        "clip_norm", "epsilon_spent", "epsilon_budget", "delta", "bytes_up", "bytes_down", "seconds",
+    },
+    records.DomainEvaluation: {
+        "domain", "split", "metrics", "metric_std", "samples", "rows", "alarms", "scorers", "seconds",
+    },
+    records.Metrics: {
+        "bertscore_f1", "rouge_l", "label_f1", "safe_rate", "toxicity_mean", "toxicity_max", "empty_rate", "n_examples",
+        "intervals", *(records.UNRELEASED_METRICS - {"toxicity_max"}),
+    },
     records.RoundManifest: {
         "run_id", "round_index", "config_sha256", "adapter", "summary", "samples", "next_noise", "rounds_below",
     },

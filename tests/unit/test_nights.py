@@ -65,7 +65,7 @@ def test_the_forecast_counts_down_to_the_last_planned_night(study):
     for number in range(NIGHTS):
         made = plan(study, spent=spent, runs=number, account=account)
         account = PrivacyAccount.of(made.domains[0])
-        assert why_not_tonight(made, frozenset({"one"}), None) is None
+        assert why_not_tonight(made, frozenset({"one"}), None, validate_config(study)) is None
         summary, spent = night(made)
         one = domain_nights(made, frozenset({"one"}), (summary,))[0]
         assert one.epsilon_spent <= one.epsilon_limit * (1 + 1e-9)
@@ -91,16 +91,16 @@ def test_a_night_without_training_forecasts_as_planned(study):
 
 def test_nothing_new_and_no_budget_are_told_apart(study):
     made = plan(study)
-    outcome, reason = why_not_tonight(made, frozenset(), "7")
+    outcome, reason = why_not_tonight(made, frozenset(), "7", validate_config(study))
     assert (outcome, reason) == ("nothing_new", "no domain has new units since the data of champion version 7")
     account = PrivacyAccount.of(made.domains[0])
     over = plan(study, spent=account.rdp_budget * 0.9, runs=NIGHTS, account=account)
-    outcome, reason = why_not_tonight(over, frozenset({"one"}), "7")
+    outcome, reason = why_not_tonight(over, frozenset({"one"}), "7", validate_config(study))
     assert outcome == "no_budget"
     assert "all 5 planned runs have charged its budget" in reason
     assert "raise privacy.planned_runs" in reason
     broke = plan(study, spent=account.rdp_budget * (1 - 1e-9), runs=1, account=account)
-    outcome, reason = why_not_tonight(broke, frozenset({"one"}), None)
+    outcome, reason = why_not_tonight(broke, frozenset({"one"}), None, validate_config(study))
     assert outcome == "no_budget"
     assert "too small" in reason
 
@@ -128,3 +128,22 @@ def test_what_cannot_be_repeated_every_night(study, section, change, message):
 def test_the_champion_needs_a_registry(study):
     with pytest.raises(ConfigError, match=r"set tracking\.enabled to true"):
         validate_config({**study, "tracking": {"enabled": False}})
+
+
+def over_sites(study: dict) -> dict:
+    """The study with a second domain, and both at sites."""
+    domains = [study["domains"][0] | {"name": name, "source": {"kind": "site"}, "site": f"of-{name}"} for name in
+               ("one", "two")]  # fmt: skip
+    return study | {"domains": domains, "sites": {f"of-{name}": {"public_key": "a" * 64} for name in ("one", "two")}}
+
+
+def test_a_night_without_one_of_its_sites_is_skipped_before_the_others_pay(study):
+    config = validate_config(over_sites(study))
+    here = plan(study)
+    absent = here.model_copy(update={"warnings": ("domain 'two' takes no part in this run: site 'of-two' is down.",)})
+    outcome, reason = why_not_tonight(absent, frozenset({"one"}), "7", config)
+    assert (outcome, reason) == ("site_down", "domain 'two' takes no part in this run: site 'of-two' is down")
+    spent = here.domains[0].model_copy(update={"domain": "two", "refusals": ("domain 'two': its budget is spent.",)})
+    both = here.model_copy(update={"domains": (*here.domains, spent)})
+    outcome, reason = why_not_tonight(both, frozenset({"one"}), "7", config)
+    assert (outcome, reason) == ("no_budget", "domain 'two': its budget is spent")

@@ -18,7 +18,8 @@ from fedmentor_core.errors import (
     OutputExistsError,
     SharedPostsError,
 )
-from fedmentor_core.privacy.policy import policy_of
+from fedmentor_core.nights import check_nightly
+from fedmentor_core.privacy.policy import load_policy, policy_of
 from fedmentor_core.site.answering import told
 from fedmentor_core.site.file import (
     VARIABLE,
@@ -221,3 +222,16 @@ def test_the_examples_are_valid():
     made = at_site(asked(config, "crisis-line"), file)
     assert made.domains[0].source.kind == "csv"
     assert made.storage.url == "s3://fedmentor-site-a/store"
+
+
+def test_the_sites_of_the_nightly_example_fit_their_study():
+    root = Path(__file__).resolve().parents[3]
+    config = load_config(root / "infra" / "configs" / "nightly_two_sites.yaml")
+    check_nightly(config)
+    for domain in config.domains:
+        file = load_site_file(root / "infra" / "sites" / "two_sites" / domain.site / "site.yaml")
+        made = at_site(told_to_site(config, domain), file)
+        policy = load_policy(made.domains[0].policy_file, domain.name)
+        assert policy.epsilon == config.epsilon_of(domain)
+        assert file.written.url == config.sites[domain.site].store_url
+        assert file.ledger_url == (root / "infra" / "sites" / "two_sites" / domain.site / "ledgers").as_uri()

@@ -38,7 +38,8 @@ def test_only_a_sites_own_worker_is_told_of_its_file(tmp_path: Path, monkeypatch
     file = tmp_path / "site.yaml"
     site = parse_site(f"site-a={file}")
     assert (site.site_file, site.data_root) == (file, None)
-    made = services(StackSettings(sites=(site, SiteSettings(name="site-b"))), StackFolder(tmp_path / "stack"), None)
+    settings = StackSettings(store="folder", sites=(site, SiteSettings(name="site-b")))
+    made = services(settings, StackFolder(tmp_path / "stack"), None)
     told = {one.name: one.environment().get("FEDMENTOR_SITE_FILE") for one in made}
     assert told.pop("worker-site-a") == str(file)
     assert set(told.values()) == {None}

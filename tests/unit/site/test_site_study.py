@@ -4,45 +4,22 @@ from pathlib import Path
 
 import pytest
 import yaml
-from two_sites import Sites, at_sites, make_sites
+from two_sites import Sites, at_sites, make_sites, server_of
 
 from fedmentor_core import client_round
 from fedmentor_core.config_io import validate_config
 from fedmentor_core.errors import BudgetError, FedMentorError, SiteError
-from fedmentor_core.evaluation.scores import RowScores
 from fedmentor_core.rounds import RoundState, assignments_for, find_manifest
 from fedmentor_core.site.asking import ask_plan, ask_training
 from fedmentor_core.study import InProcess, run_study
 from fedmentor_core.study_ref import open_study
 from fedmentor_core.workspace import Workspace, workspace_of
 
+pytestmark = pytest.mark.usefixtures("light")
+
 
 class DeathError(BaseException):
     """A site's process that dies."""
-
-
-@pytest.fixture(autouse=True)
-def light(monkeypatch) -> None:
-    """No PRV diagnostic, and scores without models: what is scored is not what is tested here."""
-
-    def fake_rows(model, tokenizer, data, *_, on_batch=None, **__) -> list[RowScores]:
-        return [
-            RowScores(
-                output="Yes.", reference=str(row["response"]), label="yes", answer="yes", bertscore_f1=0.8, rouge_l=0.5,
-                toxicity=0.1, safe=True,
-            )
-            for row in data.rows
-        ]  # fmt: skip
-
-    monkeypatch.setattr("fedmentor_core.privacy.plan.epsilon_prv", lambda *_: 0.0)
-    monkeypatch.setattr("fedmentor_core.evaluation.evaluate.score_rows", fake_rows)
-    monkeypatch.setattr("fedmentor_core.private_gate.score_rows", fake_rows)
-
-
-def server_of(tiny_study: dict, sites: Sites, out: Path, store_url: str, **changes) -> tuple[Workspace, InProcess]:
-    config = validate_config(at_sites(tiny_study, sites) | {"storage": {"url": store_url}} | changes)
-    workspace = workspace_of(open_study(config, out))
-    return workspace, InProcess(workspace, deliver=sites.deliver)
 
 
 def allow_seeded(sites: Sites) -> None:

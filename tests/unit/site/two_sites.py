@@ -5,10 +5,14 @@ from pathlib import Path
 
 import yaml
 
+from fedmentor_core.config_io import validate_config
 from fedmentor_core.errors import SiteUnavailableError
 from fedmentor_core.site.answering import answer_request
 from fedmentor_core.site.file import SiteFile, load_site_file
 from fedmentor_core.site.signing import make_key_file
+from fedmentor_core.study import InProcess
+from fedmentor_core.study_ref import open_study
+from fedmentor_core.workspace import Workspace, workspace_of
 
 
 @dataclass
@@ -74,3 +78,10 @@ def at_sites(study: dict, sites: Sites, **settings) -> dict:
         "sites": {name: {"public_key": key, **settings} for name, key in sites.public_keys.items()},
         "execution": {"client_retries": 0},
     }
+
+
+def server_of(tiny_study: dict, sites: Sites, out: Path, store_url: str, **changes) -> tuple[Workspace, InProcess]:
+    """The server's side of a study over two sites: its workspace, and an engine that asks the sites."""
+    config = validate_config(at_sites(tiny_study, sites) | {"storage": {"url": store_url}} | changes)
+    workspace = workspace_of(open_study(config, out))
+    return workspace, InProcess(workspace, deliver=sites.deliver)
