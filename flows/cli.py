@@ -486,6 +486,10 @@ def up(
         list[str] | None,
         typer.Option(metavar="NAME[=DATA]", help="A site with its own worker, and its data folder. Repeatable."),
     ] = None,
+    study: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DEPLOYMENT=FILE", help="Deploy train, nightly or compare with this study. Repeatable."),
+    ] = None,
     prefect_port: Annotated[int | None, typer.Option(help="Default 4200.")] = None,
     mlflow_port: Annotated[int | None, typer.Option(help="Default 5000.")] = None,
     s3_port: Annotated[int | None, typer.Option(help="Default 9000; the seven ports that follow too.")] = None,
@@ -519,7 +523,13 @@ def up(
         "start_timeout_seconds": timeout,
     }
     made = up_command(
-        directory, config=config, sites=site or [], options=options, postgres=postgres_url, as_json=as_json
+        directory,
+        config=config,
+        sites=site or [],
+        studies=study or [],
+        options=options,
+        postgres=postgres_url,
+        as_json=as_json,
     )
     if not made.healthy:
         raise typer.Exit(1)

@@ -73,9 +73,7 @@ class S3Client:
         self.patience = patience
 
     @classmethod
-    def connect(
-        cls, bucket: str, settings: StorageConfig, credentials: tuple[str, str] | None = None
-    ) -> "S3Client":
+    def connect(cls, bucket: str, settings: StorageConfig, credentials: tuple[str, str] | None = None) -> "S3Client":
         """Make the boto3 client. Sends nothing yet.
 
         Args:
@@ -103,9 +101,7 @@ class S3Client:
         try:
             access_key, secret_key = credentials or (None, None)
             session = boto3.session.Session(aws_access_key_id=access_key, aws_secret_access_key=secret_key)
-            boto = session.client(
-                "s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config
-            )
+            boto = session.client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config)
         except (BotoCoreError, ValueError) as error:
             raise StorageError(
                 f"cannot open bucket {bucket}: {type(error).__name__}. Check storage.endpoint_url, storage.region and "

@@ -7,7 +7,7 @@ from pathlib import Path
 from fedmentor_core.errors import ConfigError
 from flows.stack import lifecycle
 from flows.stack.health import StackStatus
-from flows.stack.settings import StackSettings, checked_settings, load_settings, parse_site, postgres_url
+from flows.stack.settings import StackSettings, checked_settings, load_settings, parse_site, parse_study, postgres_url
 from flows.stack.state import StackFolder
 from flows.stack.view import print_status
 
@@ -17,6 +17,7 @@ def up_command(
     *,
     config: Path | None,
     sites: Sequence[str],
+    studies: Sequence[str],
     options: dict[str, object],
     postgres: str | None,
     as_json: bool,
@@ -36,6 +37,8 @@ def up_command(
         raise ConfigError("--postgres-url goes with --database postgresql.")
     if sites:
         given["sites"] = [parse_site(text) for text in sites]
+    if studies:
+        given["studies"] = {**base.studies, **dict(parse_study(text) for text in studies)}
     settings = checked_settings({**dict(base), **given}, "fedmentor up")
     status = lifecycle.up(folder, settings, url, _say)
     show(status, as_json=as_json)

@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 
 from fedmentor_core.config import StorageConfig
+from fedmentor_core.config_io import load_config
 from fedmentor_core.errors import ConfigError, StorageError
+from flows.deployment_parameters import study_variable
 from flows.stack.health import PrefectApi
 from flows.stack.services import process_env
 from flows.stack.settings import POSTGRES_VARIABLE, StackError, StackSettings
@@ -100,17 +102,30 @@ def make_work_pools(settings: StackSettings) -> None:
 
 
 def deployment_digest(settings: StackSettings) -> str:
-    """sha256 of what ``deploy`` applies: prefect.yaml, its flows, the models of their parameters, and the sites.
+    """sha256 of what ``deploy`` applies: prefect.yaml, its flows, the models of their parameters, sites and studies.
 
     Raises:
-        ConfigError: there is no prefect.yaml: the package runs from somewhere else than a checkout.
+        ConfigError: there is no prefect.yaml: the package runs from somewhere else than a checkout; or a study is given
+            for a deployment that has none, or cannot be read.
     """
+    _check_studies(settings)
     flows = sorted({CHECKOUT / one["entrypoint"].split(":")[0] for one in _described()["deployments"]})
     made = hashlib.sha256()
     for path in (PREFECT_FILE, *flows, *PARAMETER_MODELS, *sorted(PARAMETER_FILES.glob("*.yaml"))):
         made.update(hashlib.sha256(path.read_bytes()).digest())
     made.update("\0".join(site.name for site in settings.sites).encode())
+    for name, path in sorted(settings.studies.items()):
+        made.update(name.encode())
+        made.update(hashlib.sha256(path.read_bytes()).digest())
     return made.hexdigest()
+
+
+def _check_studies(settings: StackSettings) -> None:
+    known = [name for step in _described()["build"] for name in next(iter(step.values())) if name != "id"]
+    for name, path in settings.studies.items():
+        if name not in known:
+            raise ConfigError(f"studies: no deployment {name!r} takes a study. Allowed: {', '.join(known)}.")
+        load_config(path)
 
 
 def _described() -> dict[str, Any]:
@@ -158,7 +173,8 @@ def _deploy_all(settings: StackSettings, folder: StackFolder, described: Path) -
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(described)],
-                env=process_env(settings, folder.data / "prefect"),
+                env=process_env(settings, folder.data / "prefect")
+                | {study_variable(name): str(path) for name, path in settings.studies.items()},
                 cwd=CHECKOUT,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

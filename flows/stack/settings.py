@@ -67,6 +67,9 @@ class StackSettings(BaseModel):
         description="PostgreSQL databases are called PREFIX_prefect and PREFIX_mlflow.",
     )
     sites: tuple[SiteSettings, ...] = Field(default=())
+    studies: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,40}$")], Path] = Field(
+        default={}, description="Study files (YAML) of deployments, by deployment, in place of those of prefect.yaml."
+    )
     start_timeout_seconds: float = Field(default=240.0, gt=0, description="For each service to answer.")
 
     @model_validator(mode="after")
@@ -161,6 +164,19 @@ def parse_site(text: str) -> SiteSettings:
             f"--site {text}: {error.errors()[0]['msg']}. Give NAME, NAME=DATA_FOLDER or NAME=SITE_FILE, for "
             "example site-a=a/site.yaml."
         ) from None
+
+
+def parse_study(text: str) -> tuple[str, Path]:
+    """Read ``DEPLOYMENT=FILE``.
+
+    Raises:
+        ConfigError: it has another form, or there is no such file.
+    """
+    name, _, file = text.partition("=")
+    path = Path(file).resolve()
+    if not name or not path.is_file():
+        raise ConfigError(f"--study {text}: give DEPLOYMENT=FILE, for example nightly=nightly.yaml; no such file.")
+    return name, path
 
 
 def postgres_url(given: str | None) -> str | None:

@@ -164,7 +164,7 @@ def inject(failures: Failures) -> None:
     from fedmentor_core.evaluation import scores
     from fedmentor_core.training import client
 
-    tokenize, train, generate, fedavg = encode._tokenize, client.losses_of, scores.generate, rounds.fedavg
+    tokenize, train, generate, spooled = encode._tokenize, client.losses_of, scores.generate, rounds.spooled
 
     def failing_tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
         if texts and "Reasoning" in texts[0]:  # only training encodes answers
@@ -189,12 +189,12 @@ def inject(failures: Failures) -> None:
         failures.reach("evaluate", tokenizer.decode(prompts[0]))
         return generate(model, tokenizer, prompts, **options)
 
-    def failing_fedavg(*arguments: Any) -> Any:
+    def failing_spooled(*arguments: Any) -> Any:
         failures.reach("aggregate", failures.quotes[2])
-        return fedavg(*arguments)
+        return spooled(*arguments)
 
     encode._tokenize, client.losses_of = failing_tokenize, failing_losses
-    scores.generate, rounds.fedavg = failing_generate, failing_fedavg
+    scores.generate, rounds.spooled = failing_generate, failing_spooled
 
 
 def record_numbers(failures: Failures) -> tuple[list[list[float]], list[list[float]]]:

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmentor_core.errors import ConfigError
+from flows.deployment_parameters import read_studies, study_variable
 from flows.stack import processes
 from flows.stack.interruption import Interruptions
-from flows.stack.provisioning import POOL_TEMPLATE
+from flows.stack.provisioning import POOL_TEMPLATE, deployment_digest
 from flows.stack.services import object_store, process_env, services
 from flows.stack.settings import (
     SiteSettings,
@@ -25,6 +26,7 @@ from flows.stack.settings import (
     checked_settings,
     load_settings,
     parse_site,
+    parse_study,
     postgres_database,
     postgres_url,
 )
@@ -196,6 +198,25 @@ def test_an_own_s3_server_starts_nothing_and_gives_each_site_its_prefix(tmp_path
     assert made["worker-a"].env.get("AWS_ACCESS_KEY_ID") == os.environ.get("AWS_ACCESS_KEY_ID")
 
 
+def test_a_deployment_takes_the_study_it_is_given(tmp_path, monkeypatch):
+    file = tmp_path / "mine.yaml"
+    text = (ROOT / "infra" / "configs" / "quickstart.yaml").read_text()
+    file.write_text(text.replace("name: quickstart", "name: mine"))
+    assert parse_study(f"nightly={file}") == ("nightly", file)
+    plain, given = StackSettings(), StackSettings(studies={"nightly": file})
+    assert deployment_digest(plain) != deployment_digest(given)
+    monkeypatch.setenv(study_variable("nightly"), str(file))
+    shipped = {"nightly": "infra/configs/nightly.yaml", "train": "infra/configs/quickstart.yaml"}
+    monkeypatch.chdir(ROOT)
+    assert {name: study["name"] for name, study in read_studies(**shipped).items()} == {
+        "nightly": "mine", "train": "quickstart",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="Allowed: train, nightly, compare"):
+        deployment_digest(StackSettings(studies={"rollback": file}))
+    with pytest.raises(ConfigError, match="no such file"):
+        parse_study("nightly=nowhere.yaml")
+
+
 def test_artifacts_may_stay_in_folders(tmp_path):
     settings = StackSettings(store="folder", sites=(SiteSettings(name="a"),))
     made = {service.name: service for service in services(settings, StackFolder(tmp_path), None)}
@@ -208,9 +229,7 @@ def test_each_pool_has_credentials_of_its_own_that_stay(tmp_path):
     store = object_store(StackSettings(sites=(SiteSettings(name="a"),)), StackFolder(tmp_path))
     store.prepare()
     before = {pool: store.read_credentials(pool) for pool in ("server", "a")}
-    wider = object_store(
-        StackSettings(sites=(SiteSettings(name="a"), SiteSettings(name="b"))), StackFolder(tmp_path)
-    )
+    wider = object_store(StackSettings(sites=(SiteSettings(name="a"), SiteSettings(name="b"))), StackFolder(tmp_path))
     wider.prepare()
     assert {pool: wider.read_credentials(pool) for pool in ("server", "a")} == before
     identities = json.loads((wider.home / "identities.json").read_text())["identities"]
