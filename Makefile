@@ -34,7 +34,7 @@ typecheck: $(STAMP)  ## mypy --strict on fedmentor_core
 	$(BIN)/mypy
 
 unit: $(STAMP)     ## pytest
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=8
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=8
 
 format: $(STAMP)   ## Mend what ruff can mend
 	$(BIN)/ruff check --fix .

@@ -38,7 +38,8 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    return {**os.environ, "PREFECT_LOGGING_LEVEL": "INFO"}
+    monkeypatch.setenv("PREFECT_LOGGING_LEVEL", "INFO")  # whatever an earlier test has made of it
+    return dict(os.environ)
 
 
 @pytest.fixture
