@@ -39,7 +39,9 @@ def estimate(values: Sequence[float]) -> Estimate:
 def paired(arm: Mapping[int, float], against: Mapping[int, float]) -> Paired | None:
     """One arm minus another over the seeds that both have; None where they share none.
 
-    The p-value is that of the two-sided paired t-test. Without spread there is no test: None, as with one seed.
+    The p-value is that of the two-sided paired t-test. Without spread there is no test, and a gap that is the same by
+    chance in every seed proves nothing: no p-value and no interval, as with one seed. Arms that never differ have the
+    interval 0 to 0.
 
     Args:
         arm: value by seed.
@@ -55,7 +57,8 @@ def paired(arm: Mapping[int, float], against: Mapping[int, float]) -> Paired | N
         from scipy.stats import ttest_rel
 
         p_value = float(ttest_rel([arm[seed] for seed in seeds], [against[seed] for seed in seeds]).pvalue)
-    return Paired(found.mean, found.ci95, p_value, found.n)
+    same_by_chance = p_value is None and found.mean != 0
+    return Paired(found.mean, None if same_by_chance else found.ci95, p_value, found.n)
 
 
 def _interval(values: Sequence[float], mean: float) -> tuple[float, float] | None:

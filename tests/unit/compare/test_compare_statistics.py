@@ -46,8 +46,10 @@ def test_only_seeds_of_both_arms_count() -> None:
 def test_without_spread_there_is_no_test() -> None:
     same = paired({1: 0.5, 2: 0.75}, {1: 0.25, 2: 0.5})
     assert same is not None
-    assert same.ci95 == (0.25, 0.25)
-    assert same.p_value is None
+    assert (same.mean, same.ci95, same.p_value) == (0.25, None, None), "a gap that is the same by chance"
+    alike = paired({1: 0.5, 2: 0.75}, {1: 0.5, 2: 0.75})
+    assert alike is not None
+    assert (alike.ci95, alike.p_value) == ((0.0, 0.0), None)
 
 
 @given(VALUES)

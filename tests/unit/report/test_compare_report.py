@@ -239,7 +239,11 @@ UTILITY = ("bertscore_f1", "rouge_l", "label_f1")
 @pytest.mark.parametrize(("gap", "verdict"), [(-0.001, "holds"), (-0.0019, "holds"), (-0.004, "does not hold")])
 def test_half_a_percent_is_relative_to_the_federated_arm(gap, verdict):
     base = [0.38, 0.40, 0.42]
-    claim = claim_of({key: [v + gap for v in base] for key in UTILITY}, dict.fromkeys(UTILITY, base), "Utility within")
+    claim = claim_of(
+        {key: [v + gap + e for v, e in zip(base, (-1e-5, 0, 1e-5), strict=True)] for key in UTILITY},
+        dict.fromkeys(UTILITY, base),
+        "Utility within",
+    )
     assert claim.verdict == verdict
     assert "Allowed: −0.0020, which is 0.5 % of it." in claim.findings[0].sentence
 
