@@ -153,6 +153,7 @@ def told_to_site(config: StudyConfig, domain: DomainConfig) -> StudyConfig:
                     "thresholds": tuple(thresholds),
                     "bertscore": evaluation.bertscore.model_copy(update={"folder": None}),
                     "toxicity": evaluation.toxicity.model_copy(update={"folder": None}),
+                    "safety_prompts": None,  # answered on the server's machine
                 }
             ),
             "adapter": config.adapter.model_copy(update={"start_from": None}),

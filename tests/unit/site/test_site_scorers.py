@@ -28,6 +28,7 @@ def asked(tiny_study, sites):
     tiny_study["evaluation"] |= {
         "toxicity": {"model": TOXICITY, "folder": "/servers/own/toxicity", "trusted_sha256": ["c" * 64]},
         "bertscore": {"model": ENCODER, "folder": "/servers/own/encoder", "num_layers": 5},
+        "safety_prompts": {"kinds": ["xstest"], "folder": "/servers/own/prompts"},
     }
     config = validate_config(at_sites(tiny_study, sites))
     return told_to_site(config, config.domain("one"))
