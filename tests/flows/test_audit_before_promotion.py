@@ -23,6 +23,7 @@ def prefect_server():
 
 @pytest.fixture
 def audited(tiny_study, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(membership, "N_BOOTSTRAP", 20)
     monkeypatch.setattr(run, "run_probes", lambda *given: [])
     before = torch.get_num_threads()

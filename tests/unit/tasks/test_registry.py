@@ -129,12 +129,12 @@ def versions(tracker):
 
 
 @pytest.fixture
-def global_uri(tracking_uri):
+def global_uri(tracking_uri, monkeypatch):
     """For ``mlflow.pyfunc.load_model`` as a user calls it; FedMentor itself never needs it."""
-    before = mlflow.get_tracking_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)  # which MLflow sets too, and would leave to later tests
     mlflow.set_tracking_uri(tracking_uri)
     yield tracking_uri
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(None)
 
 
 def test_passing_adapter_becomes_champion_with_all_tags(register, versions, tracking_uri):
