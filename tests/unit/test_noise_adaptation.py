@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fedmentor_core import plugins
 from fedmentor_core.config import AdaptationConfig, StudyConfig
 from fedmentor_core.config_io import validate_config
 from fedmentor_core.errors import BudgetError, ConfigError
@@ -392,7 +393,7 @@ def registered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         (tmp_path / f"{module}.py").write_text(source)
         monkeypatch.syspath_prepend(str(tmp_path))
         entry = EntryPoint(name=name, value=f"{module}:rule", group=rules.ENTRY_POINT_GROUP)
-        monkeypatch.setattr(rules, "entry_points", lambda group: [entry] if group == entry.group else [])
+        monkeypatch.setattr(plugins, "entry_points", lambda group: [entry] if group == entry.group else [])
 
     return register
 
@@ -415,7 +416,7 @@ def test_another_packages_rule_is_found_by_its_entry_point_and_plans(registered)
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("rule = 3\n", "is not a noise rule"), ("import nothing_like_this\n", "cannot be loaded: ModuleNotFoundError")],
+    [("rule = 3\n", "is no noise rule"), ("import nothing_like_this\n", "cannot be loaded: ModuleNotFoundError")],
 )
 def test_a_broken_entry_point_is_a_configuration_error(registered, source, message):
     registered(f"broken-{len(source)}", source)

@@ -1,63 +1,10 @@
-"""Rules that set each round's noise, found by name.
+"""Rules that set each round's noise: one module of this package each, or an entry point (``plugins.py``)."""
 
-A rule is a ``NoiseRule`` (see ``base.py``). The built-in ones are the modules of this package that define ``RULE``:
-dropping a file in adds a rule. Other packages add theirs under the entry point group ``fedmentor.noise_rules``, where
-the entry's name is the rule's. An entry point is loaded only when its rule is asked for.
-"""
-
-import difflib
-import importlib
-import pkgutil
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
-
-from fedmentor_core.errors import ConfigError
+from fedmentor_core.plugins import RuleBook
 from fedmentor_core.privacy.rules.base import NoiseRule
 
 ENTRY_POINT_GROUP = "fedmentor.noise_rules"
+_RULES: RuleBook[NoiseRule] = RuleBook("noise rule", __name__, ENTRY_POINT_GROUP, NoiseRule)
 
-
-def find_rule(name: str) -> NoiseRule:
-    """The rule called ``name``.
-
-    Raises:
-        ConfigError: no rule has that name, or what is registered under it is not a rule.
-    """
-    built_in = _built_in()
-    if name in built_in:
-        return built_in[name]
-    entries = _registered()
-    if name not in entries:
-        known = rule_names()
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"there is no noise rule {name!r}.{hint} Known rules: {', '.join(known)}")
-    try:
-        rule = entries[name].load()
-    except Exception as error:  # whatever another package does when it is imported
-        raise ConfigError(
-            f"the noise rule {name!r} ({entries[name].value!r}) cannot be loaded: {type(error).__name__}: {error}. "
-            "Mend or uninstall the package that registers it"
-        ) from error
-    if not isinstance(rule, NoiseRule) or rule.name != name:
-        raise ConfigError(
-            f"the entry point {name!r} of group {ENTRY_POINT_GROUP!r} is {entries[name].value!r}, which is not a noise "
-            f"rule called {name!r}. It must name an object with what fedmentor_core.privacy.rules.base.NoiseRule asks "
-            "for. Mend or uninstall the package that registers it"
-        )
-    return rule
-
-
-def rule_names() -> list[str]:
-    """Names of all rules, sorted."""
-    return sorted({*_built_in(), *_registered()})
-
-
-@cache
-def _built_in() -> dict[str, NoiseRule]:
-    modules = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
-    return {module.RULE.name: module.RULE for module in modules if hasattr(module, "RULE")}
-
-
-def _registered() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+find_rule = _RULES.find
+rule_names = _RULES.names

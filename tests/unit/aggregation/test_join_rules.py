@@ -69,11 +69,11 @@ class Halves:
 
 
 def test_another_package_adds_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmentor_core.aggregation.entry_points", lambda group: [Entry(Halves())])
+    monkeypatch.setattr("fedmentor_core.plugins.entry_points", lambda group: [Entry(Halves())])
     assert find_rule("halves").name == "halves"
     assert AggregationConfig(rule="halves").rule == "halves"
-    monkeypatch.setattr("fedmentor_core.aggregation.entry_points", lambda group: [Entry(object())])
-    with pytest.raises(ConfigError, match="not a rule called 'halves'"):
+    monkeypatch.setattr("fedmentor_core.plugins.entry_points", lambda group: [Entry(object())])
+    with pytest.raises(ConfigError, match="no aggregation rule called 'halves'"):
         find_rule("halves")
 
 
