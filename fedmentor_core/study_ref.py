@@ -1,7 +1,6 @@
 """A study by reference, and the output folder that belongs to it."""
 
 import json
-import os
 import secrets
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from fedmentor_core.errors import ConfigError, OutputExistsError
 from fedmentor_core.records import Record
 
 MARKER = "study.json"
-STORE_VARIABLE = "FEDMENTOR_STORE_URL"
 
 
 class StudyRef(Record):
@@ -34,21 +32,21 @@ class StudyRef(Record):
         return config_sha256(self.config)
 
 
-def find_study(config: StudyConfig, out_dir: str | Path) -> StudyRef:
+def find_study(config: StudyConfig, out_dir: str | Path, default_store: str | None = None) -> StudyRef:
     """The study that ``out_dir`` holds, or a new one for it. Writes nothing.
 
-    Where the configuration names no store, a new study's is that of FEDMENTOR_STORE_URL, if a worker has it, and else
-    in ``out_dir``; a study that is there keeps the one it started with.
+    Where the configuration names no store, a new study's is ``default_store``, and without that in ``out_dir``; a study
+    that is there keeps the one it started with.
 
     Raises:
-        ConfigError: FEDMENTOR_STORE_URL is no store's URL.
+        ConfigError: ``default_store`` is no store's URL.
         OutputExistsError: the folder already holds another study.
     """
     out = Path(out_dir).resolve()
     digest = config_sha256(config)
     found = _read_marker(out)
     if config.storage.url is None:
-        config = _with_store(config, os.environ.get(STORE_VARIABLE) if found is None else found.get("store_url"))
+        config = _with_store(config, default_store if found is None else found.get("store_url"))
     if found is not None:
         if found.get("config_sha256") != digest:
             raise OutputExistsError(
@@ -91,9 +89,9 @@ def claim_study(ref: StudyRef) -> None:
             ) from None
 
 
-def open_study(config: StudyConfig, out_dir: str | Path) -> StudyRef:
+def open_study(config: StudyConfig, out_dir: str | Path, default_store: str | None = None) -> StudyRef:
     """``find_study`` and ``claim_study``: create the study in ``out_dir``, or find it there to resume."""
-    ref = find_study(config, out_dir)
+    ref = find_study(config, out_dir, default_store)
     claim_study(ref)
     return ref
 
@@ -125,5 +123,5 @@ def _with_store(config: StudyConfig, url: str | None) -> StudyConfig:
     try:
         storage = StorageConfig.model_validate({**config.storage.model_dump(), "url": url})
     except ValueError:
-        raise ConfigError(f"{STORE_VARIABLE} must be file:///path or s3://bucket/prefix, got {url!r}.") from None
+        raise ConfigError(f"a study's store must be file:///path or s3://bucket/prefix, got {url!r}.") from None
     return config.model_copy(update={"storage": storage})

@@ -162,11 +162,12 @@ def plan(
 
     from fedmentor_core.study_ref import find_study
     from fedmentor_core.workspace import Workspace
+    from flows.environment import default_store
     from flows.quiet import silence_libraries
 
     silence_libraries()
     with tempfile.TemporaryDirectory(prefix="fedmentor-plan-") as scratch:
-        made = Workspace(find_study(study, out or scratch)).make_plan()
+        made = Workspace(find_study(study, out or scratch, default_store())).make_plan()
     if as_json:
         print(made.model_dump_json(indent=2))
     else:
@@ -602,8 +603,9 @@ def _run(study: "StudyConfig", folder: Path, mode: Any) -> "StudySummary":
         listener(ProgressEvent("prepare", "loading backbone and data, planning", n_rounds=study.rounds))
         from fedmentor_core.study_ref import claim_study, find_study
         from fedmentor_core.workspace import workspace_of
+        from flows.environment import default_store
 
-        ref = find_study(study, folder)
+        ref = find_study(study, folder, default_store())
         workspace_of(ref).preflight()  # bad input is refused here, before anything is written
         claim_study(ref)
         listener(ProgressEvent("prepare", "starting Prefect", n_rounds=study.rounds))

@@ -17,8 +17,7 @@ from fedmentor_core.compare.timing import estimate_time, refuse_too_long
 from fedmentor_core.config import StudyConfig
 from fedmentor_core.discretion import discreet
 from fedmentor_core.errors import FedMentorError
-from fedmentor_core.study_ref import StudyRef
-from flows.federated_training import tracking_uri_of
+from flows.environment import tracking_uri_of
 from tasks.comparison import run_cell, table_artifact
 from tasks.comparison_tracking import log_comparison
 from tasks.listening import InterruptedByUserError, tell
@@ -49,7 +48,7 @@ def comparison(
     table = finish(made, failures, command="deployment compare")
     table_artifact(file.comparison_id, table)
     if config.tracking.enabled:
-        uri = tracking_uri_of(StudyRef(config=config, run_id="", out_dir=str(made.out)))
+        uri = tracking_uri_of(config, made.out)
         log_comparison(config, file, table, made.out, uri)
     if failures:
         raise FedMentorError(

@@ -1,6 +1,5 @@
 """``fedmentor compare``: the headline table, with one command."""
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -180,9 +179,10 @@ def _run(
 
 def _track(made: "Comparison", table: "ComparisonTable") -> None:
     from fedmentor_core.compare.comparison import read_file
+    from flows.environment import tracking_uri_of
     from tasks.comparison_tracking import log_comparison
 
-    uri = made.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{made.out / 'mlflow.db'}"
+    uri = tracking_uri_of(made.config, made.out)
     missing = log_comparison(made.config, read_file(made.out), table, made.out, uri)
     if missing is not None:
         print(f"fedmentor: {missing}", file=sys.stderr)

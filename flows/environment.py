@@ -1,7 +1,28 @@
-"""Process settings that must stand before Prefect is imported: embedded mode needs no server of the user's."""
+"""What a process is told by its environment: settings that must stand before Prefect is imported, and where things go.
+
+Only flows and commands look here. The core is told, so that a comparison's cell or an audit's run, which keep accounts
+of their own, never follow a worker's environment into a store that others share.
+"""
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedmentor_core.config import StudyConfig
+
+STORE_VARIABLE = "FEDMENTOR_STORE_URL"
+
+
+def default_store() -> str | None:
+    """Store of a new study whose configuration names none; None: a folder of its own in its output folder."""
+    return os.environ.get(STORE_VARIABLE) or None
+
+
+def tracking_uri_of(config: "StudyConfig", out_dir: str | Path) -> str:
+    """Where MLflow keeps a study's runs: as configured, else the server of MLFLOW_TRACKING_URI, else beside them."""
+    given = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return given or f"sqlite:///{Path(out_dir).resolve() / 'mlflow.db'}"
 
 
 def prepare_environment(out_dir: Path) -> None:

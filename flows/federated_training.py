@@ -3,7 +3,6 @@
 The story itself is ``fedmentor_core.study.run_study``; here its steps become Prefect tasks.
 """
 
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from fedmentor_core.steps import report_failure, settle_plan
 from fedmentor_core.study import Evaluations, run_study
 from fedmentor_core.study_ref import StudyRef, open_study
 from fedmentor_core.workspace import Workspace, workspace_of
+from flows.environment import default_store, tracking_uri_of
 from flows.finishing import NOT_REGISTERED, finish, start_tracking
 from flows.task_runners import machines, mapped_to_machines, thread_runner
 from tasks import reporting
@@ -134,11 +134,12 @@ class PrefectEngine:
 
     def reference(self) -> EvaluationMetrics | None:
         """Gate metrics of the configured MLflow run, fixed when the study first read them."""
-        return fix_the_reference(self.ref, tracking_uri_of(self.ref))
+        return fix_the_reference(self.ref, tracking_uri_of(self.ref.config, self.ref.out_dir))
 
     def champion(self) -> Champion | None:
         """The registry's champion, fixed when the study first started."""
-        return fix_the_champion(self.ref, tracking_uri_of(self.ref)) if self.ref.config.needs_champion else None
+        config = self.ref.config
+        return fix_the_champion(self.ref, tracking_uri_of(config, self.ref.out_dir)) if config.needs_champion else None
 
     def track_round(self, manifest: RoundManifest) -> None:
         """MLflow runs and Prefect artifacts of a committed round."""
@@ -200,11 +201,11 @@ def federated_training(config: StudyConfig, out_dir: str) -> StudySummary:
         out_dir: Folder for summary, report, store and (by default) the MLflow database, on the worker's machine. The
             same folder and study again resume it.
     """
-    ref = open_study(config, out_dir)
+    ref = open_study(config, out_dir, default_store())
     workspace = workspace_of(ref)
     tracker = None
     if config.tracking.enabled:
-        tracker = start_tracking(ref, workspace, tracking_uri_of(ref), flow_run.id)
+        tracker = start_tracking(ref, workspace, tracking_uri_of(config, out_dir), flow_run.id)
     status: Any = "FAILED"
     try:
         engine = PrefectEngine(ref, workspace, tracker, reporting.start_progress(ref.run_id))
@@ -225,9 +226,3 @@ def federated_training(config: StudyConfig, out_dir: str) -> StudySummary:
         if tracker is not None and status != "FINISHED":
             tracker.end_study_run(status)
     return summary
-
-
-def tracking_uri_of(ref: StudyRef) -> str:
-    """Where MLflow keeps this study's runs: as configured, else the server of MLFLOW_TRACKING_URI, else beside them."""
-    given = ref.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return given or f"sqlite:///{Path(ref.out_dir).resolve() / 'mlflow.db'}"

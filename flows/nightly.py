@@ -18,7 +18,8 @@ from fedmentor_core.progress import ProgressEvent
 from fedmentor_core.records import StudyPlan, StudySummary
 from fedmentor_core.study_ref import StudyRef, claim_study, find_study
 from fedmentor_core.workspace import Workspace, workspace_of
-from flows.federated_training import PrefectEngine, federated_training, tracking_uri_of
+from flows.environment import default_store, tracking_uri_of
+from flows.federated_training import PrefectEngine, federated_training
 from flows.night_folders import next_night, nights, only_one_night, unfinished_night, write_report
 from flows.track import try_to_catch_up
 from tasks.champion import champion_data
@@ -51,7 +52,7 @@ def night_config(config: StudyConfig, root: Path) -> StudyConfig:
     privacy = config.privacy
     if privacy.ledger_url is None:  # of invented data, else ``check_nightly`` refused it
         privacy = privacy.model_copy(update={"ledger_url": (root.resolve() / "ledgers").as_uri()})
-    uri = tracking_uri_of(StudyRef(config=config, run_id="", out_dir=str(root)))
+    uri = tracking_uri_of(config, root)
     tracking = config.tracking.model_copy(update={"uri": uri})
     return config.model_copy(update={"start_from": "champion", "privacy": privacy, "tracking": tracking})
 
@@ -74,7 +75,7 @@ def _night(config: StudyConfig, root: Path) -> NightReport:
     champion = champion_data(config.tracking.uri, config.tracking.registered_model)
     ref = _unfinished(config, root)
     resumed = ref is not None
-    ref = ref or find_study(config, next_night(root))
+    ref = ref or find_study(config, next_night(root), default_store())
     report = NightReport(
         night=Path(ref.out_dir).name,
         study=config.name,

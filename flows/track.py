@@ -76,7 +76,7 @@ def catch_up(folder: Path, tracking_uri: str | None = None) -> str:
     """
     from fedmentor_core.study_ref import find_study
     from fedmentor_core.workspace import workspace_of
-    from flows.federated_training import tracking_uri_of
+    from flows.environment import tracking_uri_of
     from flows.finishing import read_state, start_tracking
     from tasks.mlflow_connection import TrackingError
 
@@ -84,7 +84,8 @@ def catch_up(folder: Path, tracking_uri: str | None = None) -> str:
     ref = find_study(config, folder)
     workspace = workspace_of(ref)
     state = read_state(folder)
-    tracker = start_tracking(ref, workspace, tracking_uri_of(ref), None if state is None else state.flow_run_id)
+    flow_run_id = None if state is None else state.flow_run_id
+    tracker = start_tracking(ref, workspace, tracking_uri_of(ref.config, folder), flow_run_id)
     if tracker.owed:
         raise TrackingError(f"nothing could be logged: {tracker.warnings[0]}")
     manifests = _log_rounds(workspace, tracker)
