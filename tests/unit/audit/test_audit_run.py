@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -286,7 +287,10 @@ def test_a_clip_twice_too_wide_is_caught(probe, monkeypatch):
     )
     check = probes.sensitivity(probe)
     assert not check.passed
-    assert "2.0000 C" in check.detail
+    found = re.search(r"moved the clipped sum by ([0-9.]+) C", check.detail)
+    # The moved length is a difference of two sums in float32: its fourth digit depends on the processor.
+    assert found is not None
+    assert float(found[1]) == pytest.approx(2.0, rel=0.01)
 
 
 def test_clipping_each_tensor_apart_is_caught(probe, monkeypatch):
