@@ -190,6 +190,11 @@ class TrainingConfig(Section):
         default="auto",
         description="Matrix products in bfloat16; 'auto': where the processor has it. Clipping and noise stay in fp32.",
     )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="Recompute each block on the way back: far less memory at long sequences, about a third more time. "
+        "The mechanism and its numbers are the same.",
+    )
     first_token_weight: float = Field(
         default=0.5,
         ge=0,

@@ -1,4 +1,4 @@
-r"""DP-SGD on the adapter's parameters, by Opacus' per-sample gradients and optimizer.
+r"""DP-SGD on the adapter's parameters: our per-row gradients (``row_gradients.py``), Opacus' clipping and noise.
 
 One step on a Poisson-sampled batch of units U (Abadi et al. 2016, arXiv 1607.00133):
 
@@ -24,20 +24,21 @@ from fedmentor_core.privacy.entropy import reseed_from_entropy, secret_generator
 
 
 def private_model(model: Any) -> Any:
-    """Wrap ``model`` so that a backward pass leaves per-sample gradients on the trainable parameters.
+    """Wrap ``model`` so that a backward pass leaves one gradient per row on each trained parameter.
 
     Raises:
-        FedMentorError: the model couples samples (BatchNorm) and cannot be private.
+        FedMentorError: the model couples samples (BatchNorm), or trains something other than linear layers' weights.
     """
     import torch
-    from opacus.grad_sample import GradSampleModule
+
+    from fedmentor_core.privacy.row_gradients import RowGradients
 
     coupled = sorted(
         {type(m).__name__ for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
     )
     if coupled:
         raise FedMentorError(f"the backbone has {coupled}, which mixes samples; per-sample clipping is impossible.")
-    return GradSampleModule(model, batch_first=True, loss_reduction="sum", strict=False)
+    return RowGradients(model)
 
 
 def make_private_optimizer(
@@ -75,6 +76,8 @@ def make_private_optimizer(
             Raises:
                 FedMentorError: a parameter has no gradient, or not one per row.
             """
+            in_order = torch.arange(len(unit_of_row), device=unit_of_row.device).clamp_(max=n_units)
+            one_row_each = torch.equal(unit_of_row, in_order)
             for parameter in self.params:
                 rows = parameter.grad_sample
                 if rows is None or len(rows) != len(unit_of_row):
@@ -82,9 +85,13 @@ def make_private_optimizer(
                         "a trained tensor has no gradient per row: its module does not see one row of the batch at a "
                         "time. Correct adapter.target_modules. Nothing was released."
                     )
+                if one_row_each:
+                    parameter.grad_sample = rows[:n_units].float()
+                    continue
                 units = torch.zeros((n_units + 1, *rows.shape[1:]), device=rows.device, dtype=torch.float32)
                 parameter.grad_sample = units.index_add_(0, unit_of_row, rows.float())[:n_units]
-            finite = torch.stack([g.flatten(1).isfinite().all(dim=1) for g in self.grad_samples]).all(dim=0)
+            # The sum of a row that holds NaN or infinity is neither; a finite row whose sum overflows is dropped too.
+            finite = torch.stack([g.flatten(1).sum(dim=1).isfinite() for g in self.grad_samples]).all(dim=0)
             if not bool(finite.all()):
                 for parameter in self.params:
                     parameter.grad_sample[~finite] = 0.0

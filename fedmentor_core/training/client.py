@@ -10,6 +10,7 @@ from fedmentor_core.adapters.lora import State, adapter_state, trainable_paramet
 from fedmentor_core.config import TrainingConfig
 from fedmentor_core.errors import DeadlineError, FedMentorError
 from fedmentor_core.privacy.entropy import secret_generator
+from fedmentor_core.training.checkpointing import checkpointing
 from fedmentor_core.training.forward import losses_of
 from fedmentor_core.training.sampler import pick_rows, poisson_batches
 
@@ -110,22 +111,20 @@ def train_locally(
     started = time.monotonic()
     # The backbone has no active dropout (peft's is 0), so train mode changes nothing but satisfies Opacus' check.
     wrapped.train()
+    batches = enumerate(poisson_batches(data.n_units, plan.sample_rate, plan.steps, order_seed), start=1)
     try:
-        for done, units in enumerate(poisson_batches(data.n_units, plan.sample_rate, plan.steps, order_seed), start=1):
-            rows = pick_rows(units, data.rows_of_unit, config.rows_per_unit, row_choice)
-            batches = _microbatches(rows, data, config.microbatch_size, device)
-            if private:
-                _private_step(optimizer, batches, loss)
-            else:
-                _plain_step(optimizer, batches, loss, expected_units)
-            if done == 1 and units:
-                _assert_moved(model, before)
-            on_step(done, plan.steps)
-            if config.deadline_seconds is not None and time.monotonic() - started > config.deadline_seconds:
-                raise DeadlineError(
-                    f"client passed its deadline of {config.deadline_seconds:g} s after {done} of {plan.steps} steps; "
-                    "its update is dropped and its charge stands. Raise training.deadline_seconds or lower the steps."
-                )
+        with checkpointing(model, enabled=config.activation_checkpointing):
+            for done, units in batches:
+                rows = pick_rows(units, data.rows_of_unit, config.rows_per_unit, row_choice)
+                pieces = _microbatches(rows, data, config.microbatch_size, device)
+                if private:
+                    _private_step(optimizer, pieces, loss)
+                else:
+                    _plain_step(optimizer, pieces, loss, expected_units)
+                if done == 1 and units:
+                    _assert_moved(model, before)
+                on_step(done, plan.steps)
+                _check_deadline(config, started, done, plan.steps)
     finally:
         if private:
             wrapped.to_standard_module()
@@ -256,6 +255,14 @@ def _pull_back(anchors: Sequence[Any], mu: float, optimizer: Any, *_: object) ->
     for parameter, anchor in zip(parameters, anchors, strict=True):
         if parameter.grad is not None:
             parameter.grad.add_(parameter.detach() - anchor, alpha=mu)
+
+
+def _check_deadline(config: TrainingConfig, started: float, done: int, steps: int) -> None:
+    if config.deadline_seconds is not None and time.monotonic() - started > config.deadline_seconds:
+        raise DeadlineError(
+            f"client passed its deadline of {config.deadline_seconds:g} s after {done} of {steps} steps; "
+            "its update is dropped and its charge stands. Raise training.deadline_seconds or lower the steps."
+        )
 
 
 def _assert_moved(model: Any, before: dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ from fedmentor_core.adapters.lora import attach, trainable_parameters
 from fedmentor_core.config import AdapterConfig, BackboneConfig
 from fedmentor_core.errors import BackboneError, FedMentorError
 from fedmentor_core.privacy.engine import make_private_optimizer, private_model
+from fedmentor_core.privacy.row_gradients import RowGradients
+from fedmentor_core.training.checkpointing import checkpointing
 from fedmentor_core.training.client import TrainingSet, _microbatches, _private_step, _stack, _weighted_losses
 from fedmentor_core.training.forward import losses_of
 from fedmentor_core.training.sampler import pick_rows
@@ -134,6 +136,96 @@ def test_step_takes_no_gradient_over_from_the_one_before(backbone: Backbone, dat
         seen.append(recorder.seen)
     assert joint_norm(seen[1]) == 0
     assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[2], strict=True))
+
+
+def one_step(model: Any, data: TrainingSet, clip: float, **loss_options: Any) -> list[torch.Tensor]:
+    """The noiseless step of units 0, 2, 3, 5 in microbatches of four rows."""
+    picked = pick_rows([0, 2, 3, 5], data.rows_of_unit, "all", None)
+    wrapped = private_model(model).train()
+    recorder = Recorder(list(trainable_parameters(model).values()), lr=1.0)
+    optimizer = make_private_optimizer(recorder, noise_multiplier=0.0, clip_norm=clip, expected_units=4, device="cpu")
+    loss = partial(_weighted_losses, wrapped, FIRST, **loss_options)
+    _private_step(optimizer, _microbatches(picked, data, 4, "cpu"), loss)
+    wrapped.to_standard_module()
+    return recorder.seen
+
+
+@pytest.mark.parametrize("train", ["b", "both"])
+def test_activation_checkpointing_changes_no_gradient(backbone: Backbone, data: TrainingSet, train: str) -> None:
+    model = adapted(backbone, train)
+    kept = one_step(model, data, clip=0.01)
+    calls = []
+    layer = model.get_base_model().model.layers[0].mlp
+    handle = layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        with checkpointing(model, enabled=True):
+            recomputed = one_step(model, data, clip=0.01)
+        twice = len(calls)
+        one_step(model, data, clip=0.01)
+    finally:
+        handle.remove()
+    assert twice == 2 * (len(calls) - twice), "each block ran twice while checkpointing, and once after it"
+    assert joint_norm([a - b for a, b in zip(kept, recomputed, strict=True)]) <= 1e-6 * joint_norm(kept)
+
+
+def test_bfloat16_products_leave_the_clip_in_fp32(backbone: Backbone, data: TrainingSet) -> None:
+    model = adapted(backbone, "both")
+    exact, rounded = one_step(model, data, clip=1e-3), one_step(model, data, clip=1e-3, autocast=True)
+    assert all(gradient.dtype == torch.float32 for gradient in rounded)
+    assert joint_norm([a - b for a, b in zip(exact, rounded, strict=True)]) <= 0.05 * joint_norm(exact)
+    assert joint_norm(rounded) != joint_norm(exact)
+    picked = pick_rows([5], data.rows_of_unit, "one", torch.Generator().manual_seed(1))
+    wrapped = private_model(model).train()
+    recorder = Recorder(list(trainable_parameters(model).values()), lr=1.0)
+    optimizer = make_private_optimizer(recorder, noise_multiplier=0.0, clip_norm=1e-3, expected_units=1, device="cpu")
+    loss = partial(_weighted_losses, wrapped, FIRST, autocast=True)
+    _private_step(optimizer, _microbatches(picked, data, 4, "cpu"), loss)
+    assert joint_norm(recorder.seen) == pytest.approx(1e-3, rel=2e-3)
+    assert joint_norm(recorder.seen) <= 1e-3 * (1 + 1e-6)
+
+
+class Twice(torch.nn.Module):
+    """One trained layer, used two times in a pass; its input has no gradient the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 3, bias=False)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.tanh(self.layer(rows)))
+
+
+def test_layer_used_twice_has_the_sum_of_both_gradients() -> None:
+    torch.manual_seed(0)
+    model, rows = Twice(), torch.randn(4, 5, 3)
+    expected = []
+    for row in rows:
+        model.zero_grad()
+        model(row[None]).square().sum().backward()
+        expected.append(model.layer.weight.grad.clone())
+    model.zero_grad(set_to_none=True)
+    wrapped = RowGradients(model).train()
+    wrapped(rows).square().sum().backward()
+    assert torch.allclose(model.layer.weight.grad_sample, torch.stack(expected), rtol=1e-5, atol=1e-6)
+    assert model.layer.weight.grad is None
+
+
+def test_model_is_given_back_as_it_was() -> None:
+    model, rows = Twice(), torch.randn(2, 3)
+    before = model(rows)
+    wrapped = RowGradients(model)
+    assert torch.equal(wrapped(rows), before)
+    assert wrapped.to_standard_module() is model
+    assert "forward" not in vars(model.layer)
+    assert not hasattr(model.layer.weight, "grad_sample")
+    model(rows).sum().backward()
+    assert model.layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Linear(2, 2), torch.nn.Embedding(4, 2), torch.nn.Conv1d(2, 2, 1)])
+def test_layer_without_gradients_per_row_is_refused(layer: torch.nn.Module) -> None:
+    with pytest.raises(FedMentorError, match=r"target_modules"):
+        private_model(torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), layer))
 
 
 def test_every_microbatch_holds_whole_units_once(data: TrainingSet) -> None:
