@@ -72,7 +72,7 @@ def fix_champion(
         adapter_sha256=adapter_sha256,
         backbone_sha256=backbone_sha256,
         config=config,
-        adapter=workspace.put_adapter(state),
+        adapter=workspace.put_adapter(state, exact=True),
     )
     return _fix(workspace, made)
 

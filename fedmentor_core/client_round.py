@@ -4,7 +4,7 @@ Order matters, and survives a crash at any line:
 
     1. a finished update of this round exists  -> hand out the identical noised bytes again (free)
     2. the site's policy, the fingerprint rule and the filter admit -> write the charge, before any data is touched
-    3. train, store the noised update under its attempt
+    3. train, store the noised update under its attempt, rounded as ``wire.upload`` says (post-processing: free)
     4. write the release with the update's digest
     5. write ``update.json`` last: the client's commit point
 
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from fedmentor_core.adapters.lora import metadata_from_bytes, state_to_bytes
+from fedmentor_core.adapters.lora import metadata_from_bytes
 from fedmentor_core.data.units import digest_key
 from fedmentor_core.errors import BudgetError, DataError, NotFoundError
 from fedmentor_core.hashing import derive_seed
@@ -28,6 +28,8 @@ from fedmentor_core.privacy.policy import policy_refusal
 from fedmentor_core.privacy.shared_posts import join_account, study_accounts, training_claim
 from fedmentor_core.records import ArtifactRef, ClientAssignment, ClientStatus, ClientUpdate, DomainPlan
 from fedmentor_core.training.client import LocalRound, train_locally
+from fedmentor_core.wire.codecs import find_codec
+from fedmentor_core.wire.update import Base, encode_update
 from fedmentor_core.workspace import Workspace, client_key, find_update, update_metadata
 
 OnStep = Callable[[int, int], None]
@@ -168,16 +170,25 @@ def _train(workspace: Workspace, assignment: ClientAssignment, attempt: int, on_
         device=workspace.backbone.device,
         on_step=on_step,
     )
+    before = workspace.trained_part(assignment.global_adapter, assignment.round_index, assignment.domain)
     if per_client:
         state = perturb_update(
-            workspace.trained_part(assignment.global_adapter, assignment.round_index, assignment.domain),
+            before,
             state,
             noise_multiplier=assignment.noise_multiplier or 0.0,
             clip_norm=assignment.clip_norm,
             noise_seed=noise_seed,
         )
-    metadata = update_metadata(assignment.run_id, assignment.round_index, assignment.global_adapter.sha256)
-    return workspace.store.put(_update_key(workspace, assignment, attempt), state_to_bytes(state, metadata))
+    # From here on everything is post-processing: the update was noised and charged, and the coins are public.
+    base = Base(assignment.global_adapter.sha256, before)
+    data = encode_update(
+        state,
+        find_codec(config.wire.upload),
+        base,
+        update_metadata(assignment.run_id, assignment.round_index, base.sha256),
+        derive_seed(config.seed, "rounding", assignment.round_index, assignment.domain, attempt),
+    )
+    return workspace.store.put(_update_key(workspace, assignment, attempt), data)
 
 
 def _update_key(workspace: Workspace, assignment: ClientAssignment, attempt: int) -> str:

@@ -363,6 +363,20 @@ class AggregationConfig(Section):
             raise ValueError(str(error)) from None
 
 
+class WireConfig(Section):
+    """How numbers are written to travel (docs/wire.md). Rounding what was noised and charged costs no privacy."""
+
+    upload: Literal["fp32", "bf16", "int8", "int4"] = Field(
+        default="fp32",
+        description="A client's update: 'fp32' as it is; others round its change of the global adapter, up or down by "
+        "coin, to 16, 8 or 4 bits a number.",
+    )
+    download: Literal["fp32", "bf16", "int8", "int4"] = Field(
+        default="fp32",
+        description="The global adapter. Server and clients all go on from what it is read as, so nothing drifts.",
+    )
+
+
 class ThresholdConfig(Section):
     """One line of the gate: ``metric >= value`` (or ``<=``), absolute or against another run."""
 
@@ -628,6 +642,7 @@ class StudyConfig(Section):
     privacy: PrivacyConfig = PrivacyConfig()
     adaptation: AdaptationConfig = AdaptationConfig()
     aggregation: AggregationConfig = AggregationConfig()
+    wire: WireConfig = WireConfig()
     evaluation: EvaluationConfig
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()

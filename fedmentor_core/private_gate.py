@@ -21,6 +21,7 @@ from fedmentor_core.discretion import discreet
 from fedmentor_core.errors import AlreadyExistsError, DataError, IntegrityError
 from fedmentor_core.evaluation.private_metrics import metrics_of_means, unit_scores
 from fedmentor_core.evaluation.scores import EvaluationSet, Scorers, score_rows
+from fedmentor_core.evaluation.turn import turn
 from fedmentor_core.hashing import derive_seed, sha256_bytes
 from fedmentor_core.privacy.discrete_gaussian import secret_dice
 from fedmentor_core.privacy.filter import PrivacyAccount
@@ -182,7 +183,7 @@ def _noised_means(
     """Everything between the rows and what may be published of them."""
     units = [str(row["unit_id"]) for row in data.rows]
     n_units = len(set(units))
-    with workspace.evaluation_lock:
+    with turn(workspace.evaluation_lock) as on_written:
         scored = score_rows(
             workspace.evaluation_model_with(adapter),
             workspace.backbone.tokenizer,
@@ -192,6 +193,7 @@ def _noised_means(
             device=workspace.backbone.device,
             width=workspace.config.backbone.max_length - workspace.config.evaluation.max_new_tokens,
             on_batch=lambda done, total: on_batch(done * n_units // total, n_units),
+            on_written=on_written,
         )
     assert charge.noise_multiplier is not None
     vectors = unit_scores(scored, units, data.form.answers)

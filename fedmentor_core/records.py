@@ -459,6 +459,9 @@ class DomainPlan(Record):
     dataset_fingerprint: str
     bytes_up_per_round: int
     bytes_down_per_round: int
+    bytes_down_first_round: int | None = Field(
+        default=None, description="In round 0, with the factors that nobody trains, which travel once."
+    )
     refusals: tuple[str, ...] = ()
 
     @property

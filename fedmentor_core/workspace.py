@@ -4,17 +4,19 @@ A ``StudyRef`` crosses task borders; a ``Workspace`` is what a process makes of 
 """
 
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal
 
 from fedmentor_core.adapters.backbone import Backbone, load_backbone
-from fedmentor_core.adapters.base_delta import is_delta
+from fedmentor_core.adapters.base_delta import is_delta, largest_delta
 from fedmentor_core.adapters.lora import (
     State,
     adapter_state,
     attach,
+    changes_nothing,
     cut_to_rank,
     factor_name,
     factor_of,
@@ -30,6 +32,7 @@ from fedmentor_core.adapters.lora import (
 from fedmentor_core.adapters.parts import AdapterParts, Part
 from fedmentor_core.adapters.warm_start import fitted, read_pinned
 from fedmentor_core.aggregation import find_rule
+from fedmentor_core.aggregation.server import memory_layout
 from fedmentor_core.champion import Champion, ChampionAtStart, fixed_champion
 from fedmentor_core.config import AdapterConfig, DomainConfig
 from fedmentor_core.errors import BudgetError, ConfigError
@@ -51,10 +54,15 @@ from fedmentor_core.records import (
 from fedmentor_core.storage.base import ArtifactStore, open_store
 from fedmentor_core.study_ref import StudyRef
 from fedmentor_core.training.client import TrainingSet
+from fedmentor_core.wire.codecs import Layout, StoredType, find_codec
+from fedmentor_core.wire.envelope import decoded, encoded, shapes_of
+from fedmentor_core.wire.planned import adapter_bytes
+from fedmentor_core.wire.update import Base, decode_update, update_bytes, update_header
 
 SITES_FOLDER = "sites"
 """First part of every key that a site writes."""
 _ROUND_KINDS = (0, 1)  # rounds that train different factors alternate
+_ANY_DIGEST = "0" * 64
 
 _workspaces: dict[str, "Workspace"] = {}
 _workspaces_lock = threading.Lock()
@@ -258,14 +266,25 @@ class Workspace:
             return self.config.adapter_of(domain).model_copy(update={"target_modules": self._initial_states[2]})
 
     def put_adapter(
-        self, state: State, *, held: Collection[str] = (), server_memory: State | None = None
+        self,
+        state: State,
+        *,
+        held: Collection[str] = (),
+        server_memory: State | None = None,
+        after: str = "",
+        exact: bool = False,
     ) -> ArtifactRef:
-        """Store a global adapter under its own digest.
+        """Store a global adapter under its own digest, in the codec ``wire.download``; parts of it stay exact.
+
+        What it is from now on, for the server too, is what ``get_adapter`` reads. The same arguments give the same
+        object.
 
         Args:
             state: tensors that change over the run, and what was added to the base, which becomes a part of its own.
             held: names of tensors that the last round left as they were: a part of their own, which clients have.
             server_memory: what the server's step is to remember.
+            after: digest of the adapter that it follows; each has its own coins.
+            exact: keep fp32 whatever is configured, for an adapter that is not this study's.
         """
         apart = {name: tensor for name, tensor in state.items() if name in held}
         base = {name: tensor for name, tensor in state.items() if is_delta(name)}
@@ -273,15 +292,16 @@ class Workspace:
         parts = AdapterParts(
             held=self._put_part(apart), base=self._put_part(base), server=self._put_part(server_memory or {})
         )
-        return self._put_tensors(own, parts.metadata())
+        codec = find_codec("fp32" if exact else self.config.wire.download)
+        seed = derive_seed(self.config.seed, "rounding", after)
+        return self._put_object(encoded(own, codec, seed=seed, metadata=parts.metadata()))
 
     def _put_part(self, state: State) -> Part | None:
-        return Part.of(self._put_tensors(state, {})) if state else None
+        return Part.of(self._put_object(state_to_bytes(state))) if state else None
 
-    def _put_tensors(self, state: State, metadata: Mapping[str, str]) -> ArtifactRef:
+    def _put_object(self, data: bytes) -> ArtifactRef:
         from fedmentor_core.hashing import sha256_bytes
 
-        data = state_to_bytes(state, metadata)
         return self.store.put(self.key(f"adapters/{sha256_bytes(data)}.safetensors"), data)
 
     def get_adapter(self, ref: ArtifactRef) -> State:
@@ -289,15 +309,39 @@ class Workspace:
         store = self.store_holding(ref.key)
         data = store.get(ref)
         parts = AdapterParts.in_bytes(data)
-        state = state_from_bytes(data)
+        state = decoded(data)
         for part in (parts.held, parts.base):
             if part is not None:
                 state |= state_from_bytes(store.get(part.beside(ref)))
         return state
 
-    def get_update(self, ref: ArtifactRef) -> State:
-        """Read and verify a client's update: the tensors in this object and no other, whatever its header names."""
-        return state_from_bytes(self.store_holding(ref.key).get(ref))
+    def get_update(self, ref: ArtifactRef, base: Base | None = None) -> State:
+        """Read and verify a client's update: the tensors in this object and no other, whatever its header names.
+
+        Args:
+            ref: where it is.
+            base: the global adapter that it must start from, at the client's rank; fp32 updates need none.
+
+        Raises:
+            IntegrityError: torn, or not in the codec ``wire.upload`` as a change of ``base``.
+        """
+        return decode_update(self.store_holding(ref.key).get(ref), find_codec(self.config.wire.upload), base)
+
+    def stream_update(self, ref: ArtifactRef) -> Iterator[bytes]:
+        """A client's update as it was sent, in pieces; the last one comes only if the digest is right."""
+        return self.store_holding(ref.key).stream(ref)
+
+    def update_decoder(self, base: Base) -> Callable[[bytes], State] | None:
+        """How the bytes of an update become tensors; None: they are a plain safetensors file."""
+        codec = find_codec(self.config.wire.upload)
+        return None if codec.name == "fp32" else partial(decode_update, codec=codec, base=base)
+
+    def update_to_file(self, ref: ArtifactRef, base: Base, path: Path) -> None:
+        """``get_update`` to a safetensors file of fp32 tensors."""
+        if self.config.wire.upload == "fp32":
+            self.store_holding(ref.key).get_to_file(ref, path)
+        else:
+            path.write_bytes(state_to_bytes(self.get_update(ref, base)))
 
     def parts_of(self, adapter: ArtifactRef) -> AdapterParts:
         """What belongs to a global adapter beside its own object."""
@@ -326,19 +370,27 @@ class Workspace:
     def evaluation_model_with(self, adapter: ArtifactRef) -> Any:
         """The model that evaluates, with this adapter; hold ``evaluation_lock`` while it is used.
 
-        The champion may have another rank or other modules than this study's adapter: it gets a model of its own.
+        The champion may have another rank or other modules than this study's adapter: it gets a model of its own. An
+        adapter that changes nothing gets the backbone alone, which computes the same, to the bit, and faster.
         """
         champion = self.champion if self.config.needs_champion else None
         if champion is not None and adapter == champion.adapter:
             model = attach(self.backbone, champion.config, seed=0)
             load_state(model, self.get_adapter(adapter))
             return model
-        load_state(self._evaluation_model, self.full_adapter_state(adapter))
+        state = self.full_adapter_state(adapter)
+        if changes_nothing(state):
+            return self._bare_model
+        load_state(self._evaluation_model, state)
         return self._evaluation_model
 
     @cached_property
     def _evaluation_model(self) -> Any:
         return self.new_adapter_model()
+
+    @cached_property
+    def _bare_model(self) -> Any:
+        return self.backbone.share()
 
     @property
     def scorers(self) -> Any:
@@ -509,8 +561,17 @@ class Workspace:
         """Size of a client's update in a round; None: of the largest, as a plan names it."""
         if round_index is None:
             return max(self.bytes_up(domain, index) for index in _ROUND_KINDS)
-        trained = trained_part(self._trained, self.config.adapter_of(domain), round_index)
-        return len(state_to_bytes(trained, update_metadata(self.ref.run_id, round_index, "0" * 64)))
+        metadata = update_metadata(self.ref.run_id, round_index, _ANY_DIGEST)
+        return update_bytes(self._sent_shapes(domain, round_index), find_codec(self.config.wire.upload), metadata)
+
+    def update_header(self, domain: str, round_index: int, base_sha256: str) -> dict[str, str]:
+        """All that the header of a client's update in a round must say."""
+        metadata = update_metadata(self.ref.run_id, round_index, base_sha256)
+        codec = find_codec(self.config.wire.upload)
+        return update_header(self._sent_shapes(domain, round_index), codec, base_sha256, metadata)
+
+    def _sent_shapes(self, domain: str, round_index: int) -> dict[str, tuple[int, ...]]:
+        return shapes_of(trained_part(self._trained, self.config.adapter_of(domain), round_index))
 
     def bytes_down(self, adapter: ArtifactRef, round_index: int) -> int:
         """What a client that took part so far reads to start a round; what nobody trains travels once."""
@@ -518,25 +579,43 @@ class Workspace:
         once = self.frozen_adapter.n_bytes if round_index == 0 else 0
         return adapter.n_bytes + (0 if base is None else base.n_bytes) + once
 
-    @property
-    def planned_bytes_down(self) -> int:
-        """Most that a client reads to start a round after the first, frozen factors and headers of parts aside."""
-        adapter = self.config.adapter
-        kinds = {trained_factors(adapter.train, index) for index in _ROUND_KINDS}
-        largest = max(
-            len(state_to_bytes({name: t for name, t in self._trained.items() if factor_of(name) in factors}))
-            for factors in kinds
-        )
-        return largest + (self._most_added_to_base() if find_rule(self.config.aggregation.rule).corrects_base else 0)
+    def planned_bytes_down(self, round_index: int | None = None) -> int:
+        """What ``bytes_down`` will be in a round, from shapes alone; None: the most of any round after the first.
 
-    def _most_added_to_base(self) -> int:
-        """Bytes of what the rule adds to the base in all rounds at most; one client's product leaves nothing over."""
-        directions = 0 if self.n_clients == 1 else self.n_clients * self.config.adapter.rank * (self.config.rounds - 1)
-        total = 0
+        It is exact where every earlier round joined an update, and where the study starts from no correction of the
+        base. Of a rule that adds to the base, by a rank that nobody knows before, it is the most that there can be.
+        """
+        if round_index is None:
+            last = max(1, self.config.rounds - 1)
+            return max(self.planned_bytes_down(index) for index in {*range(1, min(last, 3) + 1), last})
+        adapter, codec = self.config.adapter, find_codec(self.config.wire.download)
+        shapes, frozen = shapes_of(self._trained), shapes_of(self._frozen)
+        if round_index == 0:
+            return sum(adapter_bytes(one, codec, held={}, base={}, server={}) for one in (shapes, frozen))
+        changed = trained_factors(adapter.train, round_index - 1)
+        so_far = frozenset().union(*(trained_factors(adapter.train, index) for index in range(min(round_index, 2))))
+        return adapter_bytes(
+            {name: shape for name, shape in shapes.items() if factor_of(name) in changed},
+            codec,
+            held={name: shape for name, shape in shapes.items() if factor_of(name) not in changed},
+            base=self._most_added_to_base(round_index),
+            server=memory_layout(
+                self.config.aggregation, {name: shape for name, shape in shapes.items() if factor_of(name) in so_far}
+            ),
+        )
+
+    def _most_added_to_base(self, n_rounds: int) -> Layout:
+        """The most that the rule can have added after so many rounds; one client's product leaves nothing over."""
+        if not find_rule(self.config.aggregation.rule).corrects_base or self.n_clients == 1:
+            return {}
+        rank = self.config.adapter.rank
+        a_round = (self.n_clients - 1) * rank  # deviations from their own mean sum to zero
+        columns = (n_rounds - 1) * a_round + self.n_clients * rank
+        largest: dict[str, tuple[StoredType, tuple[int, ...]]] = {}
         for module in modules_of(self._trained):
             m, n = self._trained[factor_name(module, "B")].shape[0], self._trained[factor_name(module, "A")].shape[1]
-            total += 4 * min(m * n, directions * (m + n))
-        return total
+            largest |= largest_delta(module, m, n, columns=columns, kept=n_rounds * a_round)
+        return largest
 
     def n_trainable(self) -> int:
         """Parameters that a client trains in a round; where rounds differ, in the round that trains most."""
@@ -551,6 +630,11 @@ class Workspace:
         with self._lock:
             return self._initial_states[0]
 
+    @property
+    def _frozen(self) -> State:
+        with self._lock:
+            return self._initial_states[1]
+
     def make_plan(self) -> StudyPlan:
         """Plan the domains that are here, from public numbers and the ledgers. Writes nothing."""
         from fedmentor_core.privacy.validation_plan import check_disjoint_units, with_validation
@@ -560,7 +644,7 @@ class Workspace:
             raise ConfigError(shared_ledger + ".")
         if self.config.evaluation.gate_data == "private":
             check_disjoint_units(self.data)
-        n_trainable, bytes_down = self.n_trainable(), self.planned_bytes_down
+        n_trainable, bytes_down, first = self.n_trainable(), self.planned_bytes_down(), self.planned_bytes_down(0)
         domains = []
         for domain in self.domains_here:
             data = self.data[domain.name]
@@ -573,6 +657,7 @@ class Workspace:
                 dataset_fingerprint=data.fingerprint,
                 bytes_up=self.bytes_up(domain.name),
                 bytes_down=bytes_down,
+                bytes_down_first=first,
                 account_in_force=ledger.account(),
                 spent_rdp=ledger.spent_rdp(),
                 runs_before=ledger.runs_charged(besides=self.ref.run_id),

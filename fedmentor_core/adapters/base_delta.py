@@ -10,7 +10,7 @@ Stored per adapted module, in fp32, in the smaller of two forms: thin factors ``
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 _DELTA = re.compile(r"\.base_delta(_[AB])?\.weight$")
@@ -46,6 +46,24 @@ def delta_tensors(module: str, b: Any, a: Any) -> dict[str, Any]:
         f"{module}.base_delta_B.weight": (u[:, :kept] * root).float().contiguous(),
         f"{module}.base_delta_A.weight": (vt[:kept] * root[:, None]).float().contiguous(),
     }
+
+
+def largest_delta(
+    module: str, m: int, n: int, *, columns: int, kept: int
+) -> dict[str, tuple[Literal["F32"], tuple[int, int]]]:
+    """Type and shape, by name, of the most that ``delta_tensors`` stores for one module.
+
+    Args:
+        module: short name of the adapted module.
+        m: rows of its weight matrix.
+        n: columns of it.
+        columns: k of the factors that it is given, at most.
+        kept: rank of their product, at most.
+    """
+    if columns * (m + n) >= m * n:
+        return {f"{module}.base_delta.weight": ("F32", (m, n))}
+    k = min(kept, m, n)
+    return {f"{module}.base_delta_B.weight": ("F32", (m, k)), f"{module}.base_delta_A.weight": ("F32", (k, n))}
 
 
 def delta_factors(state: Mapping[str, Any], module: str) -> tuple[Any, Any] | None:

@@ -238,6 +238,12 @@ def load_state(model: Any, state: Mapping[str, Any]) -> None:
             parameters[name].copy_(tensor)
 
 
+def changes_nothing(state: Mapping[str, Any]) -> bool:
+    """Whether a model computes as its backbone does with this whole adapter: of each product one factor is zero."""
+    without_effect = {_FACTOR.sub("", name) for name, one in state.items() if factor_of(name) and not one.any()}
+    return without_effect == set(modules_of(state)) != set() and not any(map(is_delta, state))
+
+
 def trained_part(state: Mapping[str, Any], config: AdapterConfig, round_index: int) -> State:
     """What a client with this adapter trains of the global adapter in a round: its factors, at its rank."""
     trained = trained_factors(config.train, round_index)
@@ -308,10 +314,20 @@ def _thin(b: Any, a: Any) -> tuple[Any, Any]:
 
 
 def state_to_bytes(state: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Safetensors bytes; the same state gives the same bytes."""
+    """Safetensors bytes; the same state and metadata give the same bytes."""
     from safetensors.torch import save
 
-    return save(dict(sorted(state.items())), metadata=dict(metadata or {}) or None)
+    data = save(dict(sorted(state.items())), metadata=dict(metadata or {}) or None)
+    return data if len(metadata or {}) < 2 else _with_sorted_metadata(data)
+
+
+def _with_sorted_metadata(data: bytes) -> bytes:
+    """The same file with its metadata in order: safetensors writes several entries in one that changes each time."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return b"".join((data[:8], text.ljust(end - 8), memoryview(data)[end:]))
 
 
 def state_from_bytes(data: bytes) -> State:

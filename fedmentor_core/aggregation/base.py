@@ -9,7 +9,7 @@ post-processing (Dwork and Roth 2014, proposition 2.1), so no rule, weight or se
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,6 +26,19 @@ class WeightedUpdate:
     domain: str
     weight: float
     state: State
+
+
+@dataclass(frozen=True)
+class ArrivingUpdate:
+    """One client's update while it is read; ``tensors`` can be taken once, and raises where the update does not pass.
+
+    Attributes:
+        weight: public; the weights of all updates sum to one.
+        tensors: by name, each checked by shape and type, and all of them together after the last.
+    """
+
+    weight: float
+    tensors: Iterator[tuple[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,82 @@ class JoinRule(Protocol):
         ...
 
 
+@runtime_checkable
+class StreamedRule(JoinRule, Protocol):
+    """A rule that needs no update twice, nor two at once, and so can join them while they are still being checked."""
+
+    def join_arriving(self, before: State, updates: Iterable[ArrivingUpdate]) -> dict[str, Any]:
+        """The same as ``join``, to the bit.
+
+        Raises:
+            FedMentorError: whatever ``updates`` raises; nothing of what was joined so far may then be used.
+        """
+        ...
+
+
+class UpdateCheck:
+    """What must hold before an update counts, asked of one tensor after another.
+
+    The norm is summed up in fp64. A sum of squares of differences is NaN or infinite where any number is, so finiteness
+    needs no pass of its own: only a sum that is not finite makes it look for the tensor at fault.
+    """
+
+    def __init__(self, domain: str, expected: State, max_update_norm: float) -> None:
+        """See ``check_update``."""
+        self._domain = domain
+        self._expected = expected
+        self._max_update_norm = max_update_norm
+        self._squares = 0.0
+        self._scratch: Any = None
+        self._seen: set[str] = set()
+
+    def see(self, name: str, tensor: Any) -> None:
+        """The next tensor.
+
+        Raises:
+            UpdateRejectedError: unknown, of another shape or dtype, with NaN or infinity.
+        """
+        import torch
+
+        expected = self._expected.get(name)
+        if expected is None:
+            raise self._rejected(f"{name} is not among the tensors of the round")
+        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+            raise self._rejected(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(expected.shape)} {expected.dtype}"
+            )
+        change = self._room(expected.numel()).view(expected.shape).copy_(tensor).sub_(expected).view(-1)
+        squares = float(torch.dot(change, change))
+        if not math.isfinite(squares) and not bool(torch.isfinite(tensor).all()):
+            raise self._rejected(f"{name} holds NaN or infinity")
+        self._squares += squares
+        self._seen.add(name)
+
+    def _room(self, numel: int) -> Any:
+        """A vector in fp64 that is used again and again: getting a new one costs more than the sum."""
+        import torch
+
+        if self._scratch is None or self._scratch.numel() < numel:
+            largest = max(tensor.numel() for tensor in self._expected.values())
+            self._scratch = torch.empty(largest, dtype=torch.float64)
+        return self._scratch[:numel]
+
+    def finish(self) -> None:
+        """After the last tensor.
+
+        Raises:
+            UpdateRejectedError: tensors are missing, or all together are too far from the global adapter.
+        """
+        if missing := sorted(set(self._expected) - self._seen):
+            raise self._rejected(f"{len(missing)} tensors missing {missing[:2]}")
+        norm = math.sqrt(self._squares)
+        if not norm <= self._max_update_norm:
+            raise self._rejected(f"L2 norm {norm:.4g} exceeds aggregation.max_update_norm {self._max_update_norm:g}")
+
+    def _rejected(self, why: str) -> UpdateRejectedError:
+        return UpdateRejectedError(f"update of {self._domain!r} rejected: {why}.")
+
+
 def check_update(domain: str, state: State, global_state: State, max_update_norm: float) -> None:
     """Refuse what must never enter an average.
 
@@ -125,30 +214,16 @@ def check_update(domain: str, state: State, global_state: State, max_update_norm
     Raises:
         UpdateRejectedError: missing or unknown tensors, another shape or dtype, NaN or infinity, oversized.
     """
-    import torch
-
     if set(state) != set(global_state):
         missing, unknown = sorted(set(global_state) - set(state)), sorted(set(state) - set(global_state))
         raise UpdateRejectedError(
             f"update of {domain!r} rejected: {len(missing)} tensors missing {missing[:2]}, "
             f"{len(unknown)} unknown {unknown[:2]}."
         )
-    total = 0.0
+    check = UpdateCheck(domain, global_state, max_update_norm)
     for name, tensor in state.items():
-        expected = global_state[name]
-        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
-            raise UpdateRejectedError(
-                f"update of {domain!r} rejected: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected "
-                f"{tuple(expected.shape)} {expected.dtype}."
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise UpdateRejectedError(f"update of {domain!r} rejected: {name} holds NaN or infinity.")
-        total += float((tensor.double() - expected.double()).square().sum())
-    if math.sqrt(total) > max_update_norm:
-        raise UpdateRejectedError(
-            f"update of {domain!r} rejected: L2 norm {math.sqrt(total):.4g} exceeds "
-            f"aggregation.max_update_norm {max_update_norm:g}."
-        )
+        check.see(name, tensor)
+    check.finish()
 
 
 def normalised(weights: Mapping[str, float]) -> Iterator[tuple[str, float]]:

@@ -8,7 +8,8 @@ Singhal et al. 2025, arXiv 2502.15436). With both factors trained (FedIT) it is 
     sum_i w_i B_i A_i - Bbar Abar = sum_i w_i (B_i - Bbar)(A_i - Abar).
 
 Cost for an m x n matrix and rank r, in numbers each way: r m for 'b', r m or r n for 'alternate', r^2 for 'core',
-r (m + n) for 'both'. Memory: two adapters whatever the number of clients; sums in fp64.
+r (m + n) for 'both'. Memory: sums in fp64, which are two adapters in fp32, and a few pieces of the update that is being
+read, whatever the number of clients (``arriving.py``).
 
 Under privacy: the noise of the mean is the mean of the noises. With 'both' the product of two noised factors also
 holds the product of their noises, which no clip bounds.
@@ -17,8 +18,41 @@ holds the product of their noises, which no clip bounds.
 from collections.abc import Iterable
 from typing import Any
 
-from fedmentor_core.aggregation.base import State, Updates, WeightedUpdate
+from fedmentor_core.aggregation.base import ArrivingUpdate, State, Updates, WeightedUpdate
 from fedmentor_core.config import AggregationConfig
+
+
+class WeightedMean:
+    """A weighted mean that grows by one tensor at a time: fp64 sums, whatever the number of clients.
+
+    Each number is added as weight times number in fp64, client after client, so the result does not depend on how the
+    updates are read.
+    """
+
+    def __init__(self, global_state: State) -> None:
+        """Nothing is added yet; ``global_state`` gives names, shapes and dtypes."""
+        import torch
+
+        self._like = global_state
+        self._sums = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in global_state.items()}
+        self._total = 0.0
+
+    def add(self, weight: float, tensors: Iterable[tuple[str, Any]]) -> None:
+        """Add one client's update. Where ``tensors`` raises, the mean is spoilt and must not be used."""
+        self._total += weight
+        for name, tensor in tensors:
+            self._sums[name].add_(tensor, alpha=weight)
+
+    def result(self) -> dict[str, Any]:
+        """The mean, in the global state's dtypes.
+
+        Raises:
+            ValueError: the weights do not sum to one.
+        """
+        if abs(self._total - 1.0) > 1e-9:
+            raise ValueError(f"Expected weights to sum to 1, got {self._total}.")
+        names = list(self._sums)
+        return {name: self._sums.pop(name).to(self._like[name].dtype) for name in names}
 
 
 def fedavg(global_state: State, updates: Iterable[WeightedUpdate]) -> dict[str, Any]:
@@ -34,17 +68,11 @@ def fedavg(global_state: State, updates: Iterable[WeightedUpdate]) -> dict[str, 
     Raises:
         ValueError: the weights do not sum to one.
     """
-    import torch
-
-    sums = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in global_state.items()}
-    total = 0.0
+    mean = WeightedMean(global_state)
     for update in updates:
-        total += update.weight
-        for name, tensor in update.state.items():
-            sums[name].add_(tensor.double(), alpha=update.weight)
-    if abs(total - 1.0) > 1e-9:
-        raise ValueError(f"Expected weights to sum to 1, got {total}.")
-    return {name: value.to(global_state[name].dtype) for name, value in sums.items()}
+        mean.add(update.weight, update.state.items())
+        del update  # not two in memory while the next is read
+    return mean.result()
 
 
 class FedAvg:
@@ -64,6 +92,13 @@ class FedAvg:
     def join(self, settings: AggregationConfig, scale: float, before: State, updates: Updates) -> dict[str, Any]:
         """The mean of each tensor."""
         return fedavg(before, updates.stream())
+
+    def join_arriving(self, before: State, updates: Iterable[ArrivingUpdate]) -> dict[str, Any]:
+        """The mean of each tensor, of updates that are still being read."""
+        mean = WeightedMean(before)
+        for update in updates:
+            mean.add(update.weight, update.tensors)
+        return mean.result()
 
 
 RULE = FedAvg()

@@ -17,10 +17,12 @@ Exactness: the step is no mean any more, by intention. Cost: nothing is sent to 
 Adam scales every coordinate to about eta, so that one with nothing but noise moves as far as one with signal.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from fedmentor_core.aggregation.base import State
 from fedmentor_core.config import AggregationConfig
+from fedmentor_core.wire.codecs import Layout, Shape
 
 _DEFAULT_RATE = {"momentum": 1.0, "adam": 0.01}
 
@@ -59,3 +61,9 @@ def server_step(
             step = kept[first] / (kept[second].sqrt() + tau)
         after[name] = (old.double() + rate * step).to(old.dtype)
     return after, kept
+
+
+def memory_layout(settings: AggregationConfig, shapes: Mapping[str, Shape]) -> Layout:
+    """How the memory is stored after steps on tensors with these shapes; empty without a server optimiser."""
+    kinds = {"none": (), "momentum": ("momentum",), "adam": ("momentum", "second")}[settings.server]
+    return {f"{kind}.{name}": ("F64", shape) for kind in kinds for name, shape in shapes.items()}

@@ -24,6 +24,7 @@ from fedmentor_core.audit.meter import SeenStep
 from fedmentor_core.audit.probes import padded
 from fedmentor_core.records import ArtifactRef, ClientAssignment, ClientUpdate, DomainPlan
 from fedmentor_core.training.client import TrainingSet
+from fedmentor_core.wire.update import Base
 
 Attack = Literal["loss", "gradient"]
 _SCORE_BATCH = 32
@@ -58,8 +59,9 @@ def loss_scores(
         """Under a global adapter, or under a client's update of it, which holds only what the round trained."""
         scored = adapter if update is None else update
         if scored.sha256 not in known:
-            trained = {} if update is None else workspace.get_update(update)
-            load_state(model, {**cut_to_rank(workspace.get_adapter(adapter), rank), **trained})
+            start = cut_to_rank(workspace.get_adapter(adapter), rank)
+            trained = {} if update is None else workspace.get_update(update, Base(adapter.sha256, start))
+            load_state(model, {**start, **trained})
             known[scored.sha256] = losses(model, data, workspace.backbone.device)
         return known[scored.sha256]
 

@@ -79,6 +79,7 @@ def key_parts(cell: Cell, config: StudyConfig, identity: Identity) -> dict[str, 
         "training": config.training.model_dump(mode="json", exclude={"deadline_seconds"}),
         "privacy": _privacy(config),
         "aggregation": config.aggregation.model_dump(mode="json"),
+        "wire": config.wire.model_dump(mode="json"),
         "evaluation": _evaluation(config),
         "code": {"fedmentor": __version__, "metrics": sorted(Metrics.model_fields)},
     }

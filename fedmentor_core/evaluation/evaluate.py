@@ -30,13 +30,17 @@ def evaluate_domain(
     device: str,
     keep_samples: bool,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    on_written: Callable[[], None] = lambda: None,
 ) -> DomainEvaluation:
     """Score greedy outputs against references. For a public set: what it returns is exact, not noised.
 
     An empty output scores 0 in utility, answers no label, and is not unsafe; ``empty_rate`` makes it visible.
+    ``on_written`` is called when the model is needed no more.
     """
     started = time.perf_counter()
-    scored = score_rows(model, tokenizer, data, scorers, config, device=device, on_batch=on_batch)
+    scored = score_rows(
+        model, tokenizer, data, scorers, config, device=device, on_batch=on_batch, on_written=on_written
+    )
     n_shown = min(config.samples_in_report, len(scored)) if keep_samples else 0
     samples = tuple(
         Sample(

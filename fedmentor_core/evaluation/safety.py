@@ -5,7 +5,7 @@ what a weak model answers to a harmful request is nothing to keep.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fedmentor_core.config import SafetyPromptsConfig
@@ -33,6 +33,7 @@ def evaluate_safety(
     device: str,
     max_length: int,
     batch_size: int,
+    on_written: Callable[[], None] = lambda: None,
 ) -> SafetyEvaluation:
     """Answer every prompt greedily and score the answers, set by set.
 
@@ -45,6 +46,7 @@ def evaluate_safety(
         device: where the model is.
         max_length: the backbone's context in tokens.
         batch_size: prompts per forward pass.
+        on_written: called when the model is needed no more.
 
     Raises:
         ConfigError: a prompt does not fit into the context.
@@ -59,6 +61,7 @@ def evaluate_safety(
         batch_size=batch_size,
         device=device,
     )
+    on_written()
     toxicity = scorers.toxicity.score(outputs)
     scored = []
     for one in sets:

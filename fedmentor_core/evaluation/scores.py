@@ -113,6 +113,7 @@ def score_rows(
     device: str,
     width: int | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    on_written: Callable[[], None] = lambda: None,
 ) -> list[RowScores]:
     """Generate greedily and score every row, in the set's order.
 
@@ -125,6 +126,7 @@ def score_rows(
         device: where the model is.
         width: see ``generate``: a private set needs one, so that a row's scores follow from that row alone.
         on_batch: progress in rows (done, in all).
+        on_written: called when the model is needed no more; what is left is the scorers' work.
     """
     outputs = generate(
         model,
@@ -136,13 +138,14 @@ def score_rows(
         width=width,
         on_batch=on_batch,
     )
-    references = [str(row["response"]) for row in data.rows]
-    utility = scorers.utility.score(outputs, references)
-    toxicity = scorers.toxicity.score(outputs)
     losses: Sequence[float | None] = [None] * len(outputs)
     n_tokens: Sequence[int] = [0] * len(outputs)
     if data.targets is not None:
         losses, n_tokens = log_losses(model, tokenizer, data.targets, batch_size=config.batch_size, device=device)
+    on_written()
+    references = [str(row["response"]) for row in data.rows]
+    utility = scorers.utility.score(outputs, references)
+    toxicity = scorers.toxicity.score(outputs)
     return [
         RowScores(
             output=output,

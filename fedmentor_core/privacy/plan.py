@@ -46,6 +46,7 @@ def plan_domain(
     dataset_fingerprint: str,
     bytes_up: int,
     bytes_down: int,
+    bytes_down_first: int | None = None,
     account_in_force: PrivacyAccount | None = None,
     spent_rdp: float = 0.0,
     runs_before: int = 0,
@@ -63,7 +64,8 @@ def plan_domain(
         n_units: training units N (public).
         dataset_fingerprint: what the ledger is kept for.
         bytes_up: size of one update.
-        bytes_down: size of one global adapter.
+        bytes_down: what a client reads of a global adapter, in a round after the first.
+        bytes_down_first: what it reads in the first round.
         account_in_force: the lifetime promise, where the ledger already holds one.
         spent_rdp: what the ledger says is gone.
         runs_before: other runs that have charged the account.
@@ -100,6 +102,7 @@ def plan_domain(
         "dataset_fingerprint": dataset_fingerprint,
         "bytes_up_per_round": bytes_up,
         "bytes_down_per_round": bytes_down,
+        "bytes_down_first_round": bytes_down_first,
     }
     unaccounted = {
         "noise_multiplier": None,

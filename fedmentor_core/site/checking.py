@@ -26,7 +26,7 @@ from fedmentor_core.site.requests import (
 )
 from fedmentor_core.site.signing import verified
 from fedmentor_core.storage.base import ArtifactStore
-from fedmentor_core.workspace import Workspace, update_metadata
+from fedmentor_core.workspace import Workspace
 
 MOST_ANSWER_BYTES = 4 * 2**20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -159,8 +159,8 @@ def _problems_of_file(workspace: Workspace, request: TrainRequest, update: Clien
     except FedMentorError:
         yield "the bytes of its update are not those that it signed"
         return
-    if said != update_metadata(asked.run_id, asked.round_index, asked.global_adapter.sha256):
-        yield "its update's own header names another study, round or global adapter"
+    if said != workspace.update_header(asked.domain, asked.round_index, asked.global_adapter.sha256):
+        yield "its update's own header names another study, round, global adapter or wire format"
 
 
 def _problems_of_evaluation(workspace: Workspace, request: EvaluateRequest, found: DomainEvaluation) -> Iterator[str]:

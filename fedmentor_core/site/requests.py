@@ -24,7 +24,7 @@ from fedmentor_core.hashing import canonical_sha256
 from fedmentor_core.records import ArtifactRef, ClientAssignment, ClientUpdate, DomainEvaluation, DomainPlan, Record
 from fedmentor_core.workspace import SITES_FOLDER
 
-_RULES_TOLD = ("fedex", "svd")  # what a client reads or trains depends on them
+_RULES_TOLD = ("fedex", "svd")  # what a client reads or trains depends on them; on the server's step, a header's size
 RUN_ID_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,100}$"
 
 
@@ -160,6 +160,7 @@ def told_to_site(config: StudyConfig, domain: DomainConfig) -> StudyConfig:
             "aggregation": AggregationConfig(
                 rule=config.aggregation.rule if config.aggregation.rule in _RULES_TOLD else "fedavg",
                 prox_mu=config.aggregation.prox_mu,
+                server=config.aggregation.server,
             ),
             "storage": StorageConfig(),
             "tracking": TrackingConfig(reference_run_id=config.tracking.reference_run_id),

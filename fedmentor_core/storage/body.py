@@ -11,6 +11,9 @@ from fedmentor_core.errors import StorageError
 from fedmentor_core.hashing import sha256_bytes
 
 PIECE_BYTES = 8 * 2**20
+"""What is asked for at once over a network, where each request costs a round trip."""
+FILE_PIECE_BYTES = 2**21
+"""What is read from a file at once: it is still in the processor's cache when it is digested and copied."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,6 @@ class Body:
 
 
 def pieces_of(handle: BinaryIO) -> Iterator[bytes]:
-    """The rest of an open file in pieces of ``PIECE_BYTES``."""
-    while piece := handle.read(PIECE_BYTES):
+    """The rest of an open file in pieces of ``FILE_PIECE_BYTES``."""
+    while piece := handle.read(FILE_PIECE_BYTES):
         yield piece

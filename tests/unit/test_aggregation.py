@@ -206,6 +206,19 @@ def test_round_weighs_by_units(workspace: Workspace) -> None:
     assert [update.status for update in judged] == ["trained", "trained"]
 
 
+def test_a_round_whose_updates_all_pass_reads_each_of_them_once(workspace: Workspace, monkeypatch) -> None:
+    base, read = workspace.initial_adapter.trained, []
+    updates = [update_of(workspace, "one", 1.0), update_of(workspace, "two", -0.3)]
+    stream = workspace.store.stream
+    monkeypatch.setattr(workspace.store, "stream", lambda ref: read.append(ref.key) or stream(ref))
+    quick, _ = aggregate(workspace, base, updates)
+    assert read == ["updates/one", "updates/two"]
+
+    monkeypatch.setattr("fedmentor_core.rounds._join_in_one_reading", lambda *_: None)
+    careful, _ = aggregate(workspace, base, updates)
+    assert quick.sha256 == careful.sha256, "the same bytes as judging each and joining then"
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [

@@ -107,7 +107,7 @@ def test_undisturbed_round_charges_once_before_it_releases(workspace: Workspace)
 
 @pytest.mark.parametrize(
     ("where", "left_behind"),
-    [("train_locally", set()), ("state_to_bytes", set()), ("release", {"update-000.safetensors"})],
+    [("train_locally", set()), ("encode_update", set()), ("release", {"update-000.safetensors"})],
     ids=["after the charge", "after training", "after storing"],
 )
 def test_death_before_the_release_stays_charged_and_the_next_attempt_is_charged_anew(
