@@ -8,7 +8,7 @@ STACK  ?= runs/stack
 SHELL  := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint format typecheck unit audit-deps up status down clean
+.PHONY: help install run test lint format typecheck unit bench bench-gpu audit-deps up status down clean
 
 help:            ## Show this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -39,6 +39,12 @@ unit: $(STAMP)     ## pytest
 format: $(STAMP)   ## Mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(STAMP)    ## Benchmarks on the processor, under 20 minutes; results in runs/bench (BENCH="--only startup --quick")
+	@$(BIN)/python tests/benchmarks/run.py $(BENCH)
+
+bench-gpu: $(STAMP)  ## The benchmarks that need a GPU; refused where there is none
+	@$(BIN)/python tests/benchmarks/run.py --gpu --out runs/bench-gpu $(BENCH)
 
 audit-deps: $(STAMP)  ## Known vulnerabilities of the pinned packages (pip-audit); skipped where its database is out of reach
 	@$(BIN)/python infra/audit_deps.py

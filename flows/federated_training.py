@@ -36,7 +36,7 @@ from fedmentor_core.study_ref import StudyRef, open_study
 from fedmentor_core.workspace import Workspace, workspace_of
 from flows.environment import default_store, tracking_uri_of
 from flows.finishing import NOT_REGISTERED, finish, start_tracking
-from flows.task_runners import machines, mapped_to_machines, thread_runner
+from flows.task_runners import machines, mapped_to_machines, same_for_all, thread_runner
 from tasks import reporting
 from tasks.aggregation import aggregate
 from tasks.auditing import audit_is_due, audit_study, objections
@@ -89,7 +89,7 @@ class PrefectEngine:
     def _ask_plans(self) -> list[DomainPlan | SiteError]:
         names = [domain.name for domain in self.workspace.domains_at_sites]
         found: list[DomainPlan | SiteError] = []
-        for future in plan_at_site.map(unmapped(self.ref), names):
+        for future in plan_at_site.map(same_for_all(self.ref), names):
             result = future.result(raise_on_failure=False)
             if isinstance(result, BaseException) and not isinstance(result, SiteError):
                 raise result
@@ -100,7 +100,7 @@ class PrefectEngine:
         """``train_client.map`` over the clients; one that fails for good is a fact about the round."""
         retrying = train_client.with_options(retries=self.ref.config.execution.client_retries)
         with mapped_to_machines(self.ref.config.execution):
-            futures = retrying.map(unmapped(self.ref), list(assignments))
+            futures = retrying.map(same_for_all(self.ref), list(assignments))
             results = [future.result(raise_on_failure=False) for future in futures]
         updates = []
         for result, assignment in zip(results, assignments, strict=True):
@@ -119,7 +119,7 @@ class PrefectEngine:
         """``evaluate_domain.map`` over the domains."""
         names = [domain.name for domain in self.ref.config.domains]
         with mapped_to_machines(self.ref.config.execution):
-            futures = evaluate_domain.map(unmapped(self.ref), unmapped(adapter), names, unmapped(split))
+            futures = evaluate_domain.map(same_for_all(self.ref), unmapped(adapter), names, unmapped(split))
             return [future.result() for future in futures]
 
     def safety(self, adapter: ArtifactRef) -> SafetyEvaluation | None:

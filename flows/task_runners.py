@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import psutil
-from prefect import flow
+from prefect import flow, unmapped
 from prefect.context import FlowRunContext
 from prefect.settings import (
     PREFECT_API_URL,
@@ -21,6 +21,7 @@ from prefect.settings import (
     temporary_settings,
 )
 from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.utilities.annotations import quote
 
 from fedmentor_core.config import ExecutionConfig
 from fedmentor_core.errors import ConfigError
@@ -37,6 +38,15 @@ def thread_runner(execution: ExecutionConfig, *, waiting: int = 0) -> Any:
         waiting: more threads, for tasks that only wait for a site.
     """
     return ThreadPoolTaskRunner(max_workers=execution.max_parallel_clients + waiting)
+
+
+def same_for_all(value: Any) -> Any:
+    """An argument that every mapped task gets as it is.
+
+    Prefect would search it for futures, several times a task: for a study's whole configuration that is the larger part
+    of what mapping a client costs.
+    """
+    return unmapped(quote(value))
 
 
 @contextmanager

@@ -1,0 +1,63 @@
+"""The predicted memory of a client's step beside the measured, and what it predicts for 1.7B on one GPU.
+
+The prediction takes the step on tensors without contents (``fedmentor_core/training/memory.py``). On a CPU the measured
+peak also holds Python, the libraries and what the allocator keeps back; a fresh process and a large step keep that small.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from bench_dp_step import adapted, production
+from harness import Arm, Finding, Plan, Ratio, Sample, Scale, Turn, benchmark, median_of
+
+GPU_GB = 24.0
+CLIENT = {"size": "1.7B", "tokens": 512, "bfloat16": True}
+PLANS = {  # a logical batch of 64 in microbatches
+    "8 rows": {"rows": 8, "checkpointed": False},
+    "8 rows, no privacy": {"rows": 8, "checkpointed": False, "private": False},
+    "16 rows, checkpointed": {"rows": 16, "checkpointed": True},
+    "32 rows, checkpointed": {"rows": 32, "checkpointed": True},
+}
+
+
+@benchmark("memory-model", title="predicted and measured memory of a step", minutes=3.0)
+def memory_model(scale: Scale) -> Plan:
+    """On the CPU in fp32, at a size that fits any machine."""
+    step = {"rows": 8 if scale.quick else 32, "tokens": 256, "size": "small" if scale.quick else "medium"}
+    arms, ratios = [], []
+    for name, options in {"kept": {"checkpointed": False}, "checkpointed": {"checkpointed": True}}.items():
+        arms += [
+            Arm(f"measured, {name}", production, {**step, "device": "cpu", "private": True, **options}),
+            Arm(f"predicted, {name}", predicted, {**step, "bfloat16": False, **options}),
+        ]
+        ratios.append(Ratio(f"measured over predicted, {name}", *_pair(name), what="growth_bytes", at_most=1.25))
+    notes = ["'growth' is what the step adds to what was held before it: the model, the libraries, Python."]
+    return Plan(arms, ratios, turns=1 if scale.quick else 3, fresh=True, notes=notes)
+
+
+def _pair(name: str) -> tuple[str, str]:
+    return f"measured, {name}", f"predicted, {name}"
+
+
+@benchmark("memory-1.7B", title="predicted memory of a 1.7B client at 512 tokens, bfloat16", minutes=2.0)
+def large(scale: Scale) -> Plan:
+    """No GPU is needed to predict; ``dp-step-1.7B`` measures where there is one."""
+
+    def conclude(samples: Mapping[str, Sequence[Sample]]) -> list[Finding]:
+        return [
+            Finding(name, median_of(taken, "peak_bytes") / 1e9, "GB", at_most=GPU_GB) for name, taken in samples.items()
+        ]
+
+    return Plan([Arm(name, predicted, {**CLIENT, **plan}) for name, plan in PLANS.items()], turns=1, conclude=conclude)
+
+
+def predicted(rows: int, tokens: int, size: str, bfloat16: bool, checkpointed: bool, private: bool = True) -> Turn:
+    """Predict; ``peak_bytes`` holds the weights, ``growth_bytes`` does not."""
+    from fedmentor_core.training.memory import StepShape, predicted_peak_bytes
+
+    shape = StepShape(rows, tokens, tokens // 2, private, bfloat16, checkpointed)
+
+    def turn() -> Sample:
+        held, peak = predicted_peak_bytes(adapted(size, "meta", bfloat16=bfloat16), shape)
+        return Sample(peak_bytes=peak, figures={"growth_bytes": peak - held})
+
+    return turn
