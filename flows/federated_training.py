@@ -89,7 +89,7 @@ class PrefectEngine:
     def _ask_plans(self) -> list[DomainPlan | SiteError]:
         names = [domain.name for domain in self.workspace.domains_at_sites]
         found: list[DomainPlan | SiteError] = []
-        for future in plan_at_site.map(same_for_all(self.ref), names):
+        for future in plan_at_site.map(same_for_all(self.ref, self.ref.config.execution), names):
             result = future.result(raise_on_failure=False)
             if isinstance(result, BaseException) and not isinstance(result, SiteError):
                 raise result
@@ -100,7 +100,7 @@ class PrefectEngine:
         """``train_client.map`` over the clients; one that fails for good is a fact about the round."""
         retrying = train_client.with_options(retries=self.ref.config.execution.client_retries)
         with mapped_to_machines(self.ref.config.execution):
-            futures = retrying.map(same_for_all(self.ref), list(assignments))
+            futures = retrying.map(same_for_all(self.ref, self.ref.config.execution), list(assignments))
             results = [future.result(raise_on_failure=False) for future in futures]
         updates = []
         for result, assignment in zip(results, assignments, strict=True):
@@ -119,7 +119,9 @@ class PrefectEngine:
         """``evaluate_domain.map`` over the domains."""
         names = [domain.name for domain in self.ref.config.domains]
         with mapped_to_machines(self.ref.config.execution):
-            futures = evaluate_domain.map(same_for_all(self.ref), unmapped(adapter), names, unmapped(split))
+            futures = evaluate_domain.map(
+                same_for_all(self.ref, self.ref.config.execution), unmapped(adapter), names, unmapped(split)
+            )
             return [future.result() for future in futures]
 
     def safety(self, adapter: ArtifactRef) -> SafetyEvaluation | None:

@@ -40,13 +40,13 @@ def thread_runner(execution: ExecutionConfig, *, waiting: int = 0) -> Any:
     return ThreadPoolTaskRunner(max_workers=execution.max_parallel_clients + waiting)
 
 
-def same_for_all(value: Any) -> Any:
+def same_for_all(value: Any, execution: ExecutionConfig) -> Any:
     """An argument that every mapped task gets as it is.
 
     Prefect would search it for futures, several times a task: for a study's whole configuration that is the larger part
-    of what mapping a client costs.
+    of what mapping a client costs. Ray's task runner hands a task the quoted value itself, so there the search stays.
     """
-    return unmapped(quote(value))
+    return unmapped(value if execution.task_runner == "ray" else quote(value))
 
 
 @contextmanager

@@ -18,11 +18,11 @@ SIZES: dict[str, dict[str, int]] = {
     "1.7B": {"hidden": 2048, "inner": 8192, "layers": 24, "heads": 32, "vocabulary": 49_152},
 }
 TIME_TARGET, MEMORY_TARGET = 1.05, 1.10
-SHAPES = ((8, 64), (32, 64), (8, 256), (32, 256))  # rows, tokens
+SHAPES = ((8, 64), (32, 64), (8, 256))  # rows, tokens
 
 
-def _plan(rows: int, tokens: int, scale: Scale, *, size: str = "medium", device: str = "cpu") -> Plan:
-    shape: dict[str, Any] = {"rows": rows, "tokens": tokens, "size": "small" if scale.quick else size, "device": device}
+def _plan(rows: int, tokens: int, scale: Scale, *, size: str = "small", device: str = "cpu") -> Plan:
+    shape: dict[str, Any] = {"rows": rows, "tokens": tokens, "size": size, "device": device}
     rivals = {"Trainer and peft, no privacy": trainer, "Opacus hooks": opacus_hooks, "Opacus ghost": opacus_ghost,
               "dp-lora": dp_lora}  # fmt: skip
     arms = [
@@ -44,7 +44,7 @@ def _plan(rows: int, tokens: int, scale: Scale, *, size: str = "medium", device:
         *(Ratio(f"memory over {name}", of="ours, private", to=name, what="growth_bytes") for name in rivals),
     ]
     notes = [f"{rows} rows of {tokens} tokens, rank {RANK}, model {shape['size']!r}, half of the tokens are targets."]
-    return Plan(arms, ratios, turns=2 if scale.quick else 7, warm_up=2, notes=notes)
+    return Plan(arms, ratios, turns=2 if scale.quick else 5, warm_up=1, notes=notes)
 
 
 def _register(rows: int, tokens: int) -> None:

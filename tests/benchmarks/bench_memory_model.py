@@ -19,7 +19,7 @@ PLANS = {  # a logical batch of 64 in microbatches
 }
 
 
-@benchmark("memory-model", title="predicted and measured memory of a step", minutes=3.0)
+@benchmark("memory-model", title="predicted and measured memory of a step", minutes=1.5)
 def memory_model(scale: Scale) -> Plan:
     """On the CPU in fp32, at a size that fits any machine."""
     step = {"rows": 8 if scale.quick else 32, "tokens": 256, "size": "small" if scale.quick else "medium"}
@@ -31,14 +31,14 @@ def memory_model(scale: Scale) -> Plan:
         ]
         ratios.append(Ratio(f"measured over predicted, {name}", *_pair(name), what="growth_bytes", at_most=1.25))
     notes = ["'growth' is what the step adds to what was held before it: the model, the libraries, Python."]
-    return Plan(arms, ratios, turns=1 if scale.quick else 3, fresh=True, notes=notes)
+    return Plan(arms, ratios, turns=1 if scale.quick else 2, fresh=True, notes=notes)
 
 
 def _pair(name: str) -> tuple[str, str]:
     return f"measured, {name}", f"predicted, {name}"
 
 
-@benchmark("memory-1.7B", title="predicted memory of a 1.7B client at 512 tokens, bfloat16", minutes=2.0)
+@benchmark("memory-1.7B", title="predicted memory of a 1.7B client at 512 tokens, bfloat16", minutes=1.0)
 def large(scale: Scale) -> Plan:
     """No GPU is needed to predict; ``dp-step-1.7B`` measures where there is one."""
 

@@ -104,7 +104,7 @@ def mapped_clients(count: int) -> Turn:
     @flow(name="round", task_runner=thread_runner(ExecutionConfig()), persist_result=False, log_prints=False)
     def one_round() -> float:
         started = time.perf_counter()
-        futures = train_nothing.map(same_for_all(ref), assignments)
+        futures = train_nothing.map(same_for_all(ref, ref.config.execution), assignments)
         names = [future.result() for future in futures]
         seconds = time.perf_counter() - started
         assert names == [assignment.domain for assignment in assignments]
