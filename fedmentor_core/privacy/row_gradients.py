@@ -11,9 +11,8 @@ and only the backward counts here.
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
-
-import torch
 
 from fedmentor_core.errors import FedMentorError
 
@@ -55,6 +54,8 @@ class RowGradients:
 
 
 def _trained_layers(model: Any) -> Iterator[Any]:
+    import torch
+
     left = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     found: list[Any] = []
     for module in model.modules():
@@ -74,28 +75,35 @@ class _RowLinear:
     def __init__(self, weight: Any) -> None:
         self._weight = weight
 
-    def __call__(self, rows: torch.Tensor) -> Any:
-        return _Function.apply(rows, self._weight)  # type: ignore[no-untyped-call]  # torch's
+    def __call__(self, rows: Any) -> Any:
+        return _row_linear().apply(rows, self._weight)
 
 
-class _Function(torch.autograd.Function):
-    """``rows @ weight.T``; in backward the weight gets one gradient per row instead of their sum."""
+@cache
+def _row_linear() -> Any:
+    """The autograd function; made at the first use, because torch takes seconds to import."""
+    import torch
 
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Rows (B, ..., d_in), weight (d_out, d_in) -> (B, ..., d_out)."""
-        ctx.save_for_backward(rows)
-        ctx.weight = weight
-        return torch.nn.functional.linear(rows, weight)
+    class RowLinear(torch.autograd.Function):
+        """``rows @ weight.T``; in backward the weight gets one gradient per row instead of their sum."""
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None]:
-        """Gradient (B, ..., d_out) -> that of rows; ``weight.grad_sample`` grows by (B, d_out, d_in)."""
-        (rows,), weight, gradient = ctx.saved_tensors, ctx.weight, gradients[0]
-        kind = gradient.dtype  # under autocast the products run in its precision, as the layer's own would
-        inside = rows.reshape(len(rows), -1, rows.shape[-1]).to(kind)
-        outside = gradient.reshape(len(gradient), -1, gradient.shape[-1])
-        found = torch.bmm(outside.transpose(1, 2), inside).float()
-        weight.grad_sample = found if weight.grad_sample is None else weight.grad_sample + found
-        back = (gradient @ weight.to(kind)).to(rows.dtype) if ctx.needs_input_grad[0] else None
-        return back, None
+        @staticmethod
+        def forward(ctx: Any, rows: Any, weight: Any) -> Any:
+            """Rows (B, ..., d_in), weight (d_out, d_in) -> (B, ..., d_out)."""
+            ctx.save_for_backward(rows)
+            ctx.weight = weight
+            return torch.nn.functional.linear(rows, weight)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> tuple[Any, None]:
+            """Gradient (B, ..., d_out) -> that of rows; ``weight.grad_sample`` grows by (B, d_out, d_in)."""
+            (rows,), weight, gradient = ctx.saved_tensors, ctx.weight, gradients[0]
+            kind = gradient.dtype  # under autocast the products run in its precision, as the layer's own would
+            inside = rows.reshape(len(rows), -1, rows.shape[-1]).to(kind)
+            outside = gradient.reshape(len(gradient), -1, gradient.shape[-1])
+            found = torch.bmm(outside.transpose(1, 2), inside).float()
+            weight.grad_sample = found if weight.grad_sample is None else weight.grad_sample + found
+            back = (gradient @ weight.to(kind)).to(rows.dtype) if ctx.needs_input_grad[0] else None
+            return back, None
+
+    return RowLinear

@@ -7,12 +7,7 @@ beside tensors (a GPU's context, the allocator's gaps, the workspace of matrix l
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from typing import Any, Self
 
 from fedmentor_core.privacy.row_gradients import RowGradients
 from fedmentor_core.training.checkpointing import checkpointing
@@ -49,6 +44,9 @@ def predicted_peak_bytes(model: Any, shape: StepShape) -> tuple[int, int]:
         model: a peft model on the device 'meta'; it is spoilt.
         shape: of the step.
     """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     with FakeTensorMode(allow_non_fake_inputs=True):
         _without_contents(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -58,7 +56,7 @@ def predicted_peak_bytes(model: Any, shape: StepShape) -> tuple[int, int]:
         followed = PeakBytes(*model.parameters(), *model.buffers())
         held = followed.now
         with followed:
-            _forward(model, shape).backward()  # type: ignore[no-untyped-call]
+            _forward(model, shape).backward()
             for parameter in trained if shape.private else []:
                 parameter.grad = torch.einsum("i,i...", torch.ones(shape.rows), parameter.grad_sample)
                 parameter.grad_sample = None
@@ -66,7 +64,9 @@ def predicted_peak_bytes(model: Any, shape: StepShape) -> tuple[int, int]:
     return held, followed.peak
 
 
-def _forward(model: Any, shape: StepShape) -> torch.Tensor:
+def _forward(model: Any, shape: StepShape) -> Any:
+    import torch
+
     ids = torch.zeros((shape.rows, shape.tokens), dtype=torch.long)
     base = model.get_base_model()
     with checkpointing(model, enabled=shape.checkpointed):
@@ -78,24 +78,38 @@ def _forward(model: Any, shape: StepShape) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(logits, ids[:, -shape.target_tokens :].reshape(-1), reduction="sum")
 
 
-class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class PeakBytes:
     """While entered, follows the bytes of all tensors that are made, beside those that were counted before."""
 
     def __init__(self, *held: Any) -> None:
         """Count ``held`` as there already: tensors, such as a model's parameters."""
-        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
         self._count(held)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count what it made."""
-        made = func(*args, **(kwargs or {}))
-        self._count(made)
-        return made
+    def __enter__(self) -> Self:
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        count = self._count
+
+        class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                made = func(*args, **(kwargs or {}))
+                count(made)
+                return made
+
+        self._mode: Any = Mode()  # type: ignore[no-untyped-call]
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._mode.__exit__(*raised)
 
     def _count(self, tensors: Any) -> None:
+        import torch
+        from torch.utils._pytree import tree_leaves
+
         for tensor in tree_leaves(tensors):
             if not isinstance(tensor, torch.Tensor):
                 continue
@@ -114,6 +128,7 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _without_contents(model: Any) -> None:
     """Replace parameters and buffers by fake ones of the same shapes."""
+    import torch
 
     def replace(module: Any) -> None:
         for held in (module._parameters, module._buffers):

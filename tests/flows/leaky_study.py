@@ -169,7 +169,7 @@ def inject(failures: Failures) -> None:
     from fedmentor_core.evaluation import scores
     from fedmentor_core.training import client
 
-    tokenize, train, generate, spooled = encode._tokenize, client.losses_of, scores.generate, rounds.spooled
+    tokenize, train, generate, arriving = encode._tokenize, client.losses_of, scores.generate, rounds.arriving
 
     def failing_tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
         if texts and "Reasoning" in texts[0] and not called_by("evaluation_set"):
@@ -194,12 +194,12 @@ def inject(failures: Failures) -> None:
         failures.reach("evaluate", tokenizer.decode(prompts[0]))
         return generate(model, tokenizer, prompts, **options)
 
-    def failing_spooled(*arguments: Any) -> Any:
+    def failing_arriving(*arguments: Any) -> Any:
         failures.reach("aggregate", failures.quotes[2])
-        return spooled(*arguments)
+        return arriving(*arguments)
 
     encode._tokenize, client.losses_of = failing_tokenize, failing_losses
-    scores.generate, rounds.spooled = failing_generate, failing_spooled
+    scores.generate, rounds.arriving = failing_generate, failing_arriving
 
 
 def record_numbers(failures: Failures) -> tuple[list[list[float]], list[list[float]]]:
