@@ -86,6 +86,7 @@ class PeakBytes:
         self.now = 0
         self.peak = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._mode: Any = None
         self._count(held)
 
     def __enter__(self) -> Self:
@@ -99,7 +100,8 @@ class PeakBytes:
                 count(made)
                 return made
 
-        self._mode: Any = Mode()  # type: ignore[no-untyped-call]
+        make: Any = Mode
+        self._mode = make()
         self._mode.__enter__()
         return self
 
