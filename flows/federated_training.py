@@ -86,10 +86,14 @@ class PrefectEngine:
         """``plan_at_site.map`` over the domains at sites; what is here is planned here."""
         return settle_plan(self.workspace, self._ask_plans)
 
+    @property
+    def _ref_for_all(self) -> Any:
+        return same_for_all(self.ref, self.ref.config.execution)
+
     def _ask_plans(self) -> list[DomainPlan | SiteError]:
         names = [domain.name for domain in self.workspace.domains_at_sites]
         found: list[DomainPlan | SiteError] = []
-        for future in plan_at_site.map(same_for_all(self.ref, self.ref.config.execution), names):
+        for future in plan_at_site.map(self._ref_for_all, names):
             result = future.result(raise_on_failure=False)
             if isinstance(result, BaseException) and not isinstance(result, SiteError):
                 raise result
@@ -100,7 +104,7 @@ class PrefectEngine:
         """``train_client.map`` over the clients; one that fails for good is a fact about the round."""
         retrying = train_client.with_options(retries=self.ref.config.execution.client_retries)
         with mapped_to_machines(self.ref.config.execution):
-            futures = retrying.map(same_for_all(self.ref, self.ref.config.execution), list(assignments))
+            futures = retrying.map(self._ref_for_all, list(assignments))
             results = [future.result(raise_on_failure=False) for future in futures]
         updates = []
         for result, assignment in zip(results, assignments, strict=True):
@@ -119,9 +123,7 @@ class PrefectEngine:
         """``evaluate_domain.map`` over the domains."""
         names = [domain.name for domain in self.ref.config.domains]
         with mapped_to_machines(self.ref.config.execution):
-            futures = evaluate_domain.map(
-                same_for_all(self.ref, self.ref.config.execution), unmapped(adapter), names, unmapped(split)
-            )
+            futures = evaluate_domain.map(self._ref_for_all, unmapped(adapter), names, unmapped(split))
             return [future.result() for future in futures]
 
     def safety(self, adapter: ArtifactRef) -> SafetyEvaluation | None:

@@ -109,7 +109,7 @@ def train_locally(
     loss = partial(_weighted_losses, wrapped, config.first_token_weight, autocast=autocast)
     row_choice = secret_generator() if order_seed is None else torch.Generator().manual_seed(order_seed ^ 0x5EED)
     started = time.monotonic()
-    # The backbone has no active dropout (peft's is 0), so train mode changes nothing but satisfies Opacus' check.
+    # The backbone has no active dropout (peft's is 0), so train mode changes nothing but lets blocks be checkpointed.
     wrapped.train()
     batches = enumerate(poisson_batches(data.n_units, plan.sample_rate, plan.steps, order_seed), start=1)
     try:

@@ -12,7 +12,7 @@ def losses_of(model: Any, input_ids: Any, attention_mask: Any, labels: Any, *, f
     lengths of the others, and clipping it would no longer bound its influence.
 
     Args:
-        model: a peft model, possibly wrapped by Opacus.
+        model: a peft model, possibly within ``RowGradients``.
         input_ids: (B, T), right padded.
         attention_mask: (B, T).
         labels: (B, T), -100 where nothing is to be learnt.
@@ -46,5 +46,5 @@ def losses_of(model: Any, input_ids: Any, attention_mask: Any, labels: Any, *, f
 
 
 def _base(model: Any) -> Any:
-    inner = getattr(model, "_module", model)  # Opacus' wrapper
+    inner = getattr(model, "_module", model)  # of RowGradients
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner

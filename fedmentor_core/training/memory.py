@@ -55,8 +55,8 @@ def predicted_peak_bytes(model: Any, shape: StepShape) -> tuple[int, int]:
         wrapped.train()
         followed = PeakBytes(*model.parameters(), *model.buffers())
         held = followed.now
-        with followed:
-            _forward(model, shape).backward()
+        with followed, checkpointing(model, enabled=shape.checkpointed):
+            _loss(model, shape).backward()
             for parameter in trained if shape.private else []:
                 parameter.grad = torch.einsum("i,i...", torch.ones(shape.rows), parameter.grad_sample)
                 parameter.grad_sample = None
@@ -64,18 +64,17 @@ def predicted_peak_bytes(model: Any, shape: StepShape) -> tuple[int, int]:
     return held, followed.peak
 
 
-def _forward(model: Any, shape: StepShape) -> Any:
+def _loss(model: Any, shape: StepShape) -> Any:
     import torch
 
     ids = torch.zeros((shape.rows, shape.tokens), dtype=torch.long)
     base = model.get_base_model()
-    with checkpointing(model, enabled=shape.checkpointed):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=shape.bfloat16):
-            hidden = base.base_model(input_ids=ids, use_cache=False)[0]
-        wanted = hidden[:, -shape.target_tokens - 1 : -1].reshape(-1, hidden.shape[-1])
-        head = base.get_output_embeddings()
-        logits = head(wanted.to(head.weight.dtype)).float()
-        return torch.nn.functional.cross_entropy(logits, ids[:, -shape.target_tokens :].reshape(-1), reduction="sum")
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=shape.bfloat16):
+        hidden = base.base_model(input_ids=ids, use_cache=False)[0]
+    wanted = hidden[:, -shape.target_tokens - 1 : -1].reshape(-1, hidden.shape[-1])
+    head = base.get_output_embeddings()
+    logits = head(wanted.to(head.weight.dtype)).float()
+    return torch.nn.functional.cross_entropy(logits, ids[:, -shape.target_tokens :].reshape(-1), reduction="sum")
 
 
 class PeakBytes:

@@ -6,7 +6,6 @@ import pytest
 from two_sites import Sites, at_sites, make_sites
 
 from fedmentor_core.config_io import validate_config
-from fedmentor_core.evaluation.scores import RowScores
 from fedmentor_core.site.asking import ask_plan
 from fedmentor_core.site.planning import joined_plan
 from fedmentor_core.study_ref import open_study
@@ -32,21 +31,3 @@ def server(tiny_study: dict, sites: Sites, tmp_path: Path, store_url: str, monke
     plans = [ask_plan(workspace, name, sites.deliver) for name in ("one", "two")]
     workspace.settle_plan(joined_plan(workspace, plans, {}))
     return workspace
-
-
-@pytest.fixture
-def light(monkeypatch) -> None:
-    """No PRV diagnostic, and scores without models: what is scored is not what is tested here."""
-
-    def fake_rows(model, tokenizer, data, *_, on_batch=None, **__) -> list[RowScores]:
-        return [
-            RowScores(
-                output="Yes.", reference=str(row["response"]), label="yes", answer="yes", bertscore_f1=0.8, rouge_l=0.5,
-                toxicity=0.1, safe=True,
-            )
-            for row in data.rows
-        ]  # fmt: skip
-
-    monkeypatch.setattr("fedmentor_core.privacy.plan.epsilon_prv", lambda *_: 0.0)
-    monkeypatch.setattr("fedmentor_core.evaluation.evaluate.score_rows", fake_rows)
-    monkeypatch.setattr("fedmentor_core.private_gate.score_rows", fake_rows)
