@@ -100,7 +100,7 @@ def _heads(workspace: Workspace, summary: StudySummary) -> tuple[LedgerHead, ...
             heads.append(_head_at_site(plan, site, summary))
             continue
         names = (plan.domain, *(validation.account for validation in plan.validation))
-        heads += [head_of(workspace.ledger(name)) for name in names]
+        heads += [head_of(Ledger(workspace.ledger_store, name)) for name in names]
     return tuple(heads)
 
 

@@ -72,7 +72,7 @@ def evaluate_privately(
         terms=terms_of(next(one for one in workspace.plan.domains if one.domain == domain), workspace.config),
         reason=f"study {workspace.config.name}: {plan.releases} releases of metrics of the {split} set",
     )
-    _register_posts(workspace, plan, domain)
+    _register_posts(workspace, ledger, plan, domain)
     charge = _charge(workspace, ledger, account, plan, adapter)
     started = time.perf_counter()
     means = _noised_means(workspace, adapter, data, scorers, charge, on_batch)
@@ -132,7 +132,7 @@ def _check_unchanged(plan: ValidationPlan, data: EvaluationSet) -> None:
         )
 
 
-def _register_posts(workspace: Workspace, plan: ValidationPlan, domain: str) -> None:
+def _register_posts(workspace: Workspace, ledger: Ledger, plan: ValidationPlan, domain: str) -> None:
     """Store which posts the account protects: one that another account protects too loses the epsilons of both.
 
     So a post that was trained on under another split seed is found, and reported with what it loses in all.
@@ -146,6 +146,7 @@ def _register_posts(workspace: Workspace, plan: ValidationPlan, domain: str) -> 
         Claim(plan.account, plan.dataset_fingerprint, shortened(posts)),
         siblings=study_accounts(workspace.plan),
         acknowledged=config.domain(domain).shares_posts_with,
+        ledger=ledger,
     )
 
 

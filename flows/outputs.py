@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from fedmentor_core.config import StudyConfig
-from fedmentor_core.privacy.ledger import ledger_domains
+from fedmentor_core.privacy.ledger import Ledger, ledger_domains
 from fedmentor_core.privacy.ledger_view import LedgerView
 from fedmentor_core.records import StudySummary
 from fedmentor_core.report.html import write_report
@@ -50,8 +50,9 @@ def study_yaml(config: StudyConfig) -> str:
 
 
 def ledger_views(workspace: Workspace) -> list[LedgerView]:
-    """All accounts; reading a broken chain raises."""
-    return [workspace.ledger(name).view() for name in ledger_domains(workspace.ledger_store)]
+    """All accounts, each verified from its first entry; reading a broken chain raises."""
+    store = workspace.ledger_store
+    return [Ledger(store, name).view() for name in ledger_domains(store)]
 
 
 def ledger_snapshot(accounts: Sequence[LedgerView]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from fedmentor_core.audit.recount import (
 from fedmentor_core.audit.standin import canaries_that_fit, check_units, count_units, standin_config
 from fedmentor_core.config import StudyConfig
 from fedmentor_core.errors import BudgetError, ConfigError, OutputExistsError
+from fedmentor_core.privacy.ledger import Ledger
 from fedmentor_core.progress import Listener, ProgressEvent, silent
 from fedmentor_core.records import ArtifactRef, DomainPlan, EvaluationMetrics, Metrics
 from fedmentor_core.rounds import RoundState
@@ -246,7 +247,8 @@ def judge_domain(workspace: AuditWorkspace, trace: Trace, domain: str, confidenc
     assert delta is not None
     assert order is not None
     run_id = workspace.ref.run_id  # a lifetime account also holds other runs
-    entries = [e for e in workspace.ledger(domain).entries() if e.kind == "plan" or e.run_id == run_id]
+    account = Ledger(workspace.ledger_store, domain).entries()  # from its first entry
+    entries = [e for e in account if e.kind == "plan" or e.run_id == run_id]
     claimed = epsilon_of_ledger(entries)
     history = [round_done(workspace, one) for one in done]
     recomputed = epsilon_rdp_elsewhere([one.spend for one in history], order, delta)

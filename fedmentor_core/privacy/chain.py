@@ -8,66 +8,69 @@ store where the site alone may write.)
 
 What is chained and checked is the stored bytes themselves, which must be canonical JSON. An entry that an older version
 wrote, with fewer fields, therefore stays valid; one with fields that this version does not know is refused.
+
+A reading verifies everything, or what is not as it was verified before (``verified_prefix.py``).
 """
 
 import json
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from pydantic import ValidationError
 
 from fedmentor_core.errors import AlreadyExistsError, IntegrityError, LedgerError, NotFoundError, StorageError
 from fedmentor_core.hashing import canonical_json, sha256_bytes
+from fedmentor_core.privacy.verified_prefix import StoredEntry, VerifiedEntry, VerifiedPrefix
 from fedmentor_core.records import LedgerEntry
 from fedmentor_core.storage.base import ArtifactStore
 
 _MAX_RACES = 50
 
 
-class StoredEntry(NamedTuple):
-    """An entry with the digest of the bytes that it is stored as."""
-
-    entry: LedgerEntry
-    sha256: str
-
-
 class Chain:
     """One account's chain in an artifact store."""
 
-    def __init__(self, store: ArtifactStore, account: str) -> None:
-        """Open ``account``'s chain; nothing is read or written yet."""
+    def __init__(self, store: ArtifactStore, account: str, verified: VerifiedPrefix | None = None) -> None:
+        """Open ``account``'s chain; nothing is read or written yet.
+
+        Args:
+            store: the ledgers' store.
+            account: whose chain.
+            verified: what was verified of it before, which is then not read again; None: every reading verifies all.
+        """
         self._store = store
+        self._verified = verified
         self.account = account
 
     def read(self) -> list[StoredEntry]:
-        """Read and verify the whole chain.
+        """Read and verify the whole chain; what was verified before is read again where the store says it changed.
 
         Raises:
-            LedgerError: an entry is missing, torn, changed or out of order.
+            LedgerError: an entry is missing, torn, changed or out of order, or the chain is not the one that was
+                verified before.
         """
-        witnesses = list(self._store.list_keys(f"ledger-witnesses/{self.account}"))  # first, so none is ahead of us
-        found: list[StoredEntry] = []
-        previous = ""
-        for sequence, key in enumerate(self._store.list_keys(f"ledgers/{self.account}")):
+        known = () if self._verified is None else self._verified.entries  # first, and then what may have grown since
+        witnesses = list(self._store.list_keys(f"ledger-witnesses/{self.account}"))  # before entries: none is ahead
+        found: list[VerifiedEntry] = []
+        for sequence, (key, version) in enumerate(self._store.list_versions(f"ledgers/{self.account}")):
             if key != self._key(sequence):
                 raise self.broken(sequence, f"expected {self._key(sequence)}, found {key}")
-            try:
-                data = self._store.get_bytes(key)
-            except NotFoundError:
-                raise self.broken(sequence, "it vanished while it was read") from None
-            except IntegrityError:
-                raise self.broken(sequence, "its bytes are not those that were stored") from None
-            entry = self._parse(sequence, data)
-            if entry.sequence != sequence or entry.previous != previous or entry.domain != self.account:
-                raise self.broken(sequence, "its place in the chain does not match")
-            previous = sha256_bytes(data)
-            found.append(StoredEntry(entry, previous))
-        if witnesses and witnesses[-1] >= self._witness_key(len(found)):
-            raise self.broken(len(found), "it was written and is missing")
-        last = self._witness_key(len(found) - 1)
-        if last in witnesses and self._witnessed(last) != previous:
-            raise self.broken(len(found) - 1, "its digest is not the one that was witnessed")
-        return found
+            if sequence < len(known) - 1 and version and version == known[sequence].version:
+                found.append(known[sequence])
+                continue
+            stored = self._read_entry(sequence, found[-1].stored.sha256 if found else "")
+            if sequence < len(known) and stored.sha256 != known[sequence].stored.sha256:
+                raise self.broken(sequence, "it is not the entry that was verified before")
+            found.append(VerifiedEntry(stored, version))
+        n_entries, newest = len(found), found[-1].stored.sha256 if found else ""
+        if n_entries < len(known) or (witnesses and witnesses[-1] >= self._witness_key(n_entries)):
+            raise self.broken(n_entries, "it was written and is missing")
+        last = self._witness_key(n_entries - 1)
+        if last in witnesses and self._witnessed(last) != newest:
+            raise self.broken(n_entries - 1, "its digest is not the one that was witnessed")
+        changed = None if self._verified is None else self._verified.advance(found)
+        if changed is not None:
+            raise self.broken(changed, "it is not the entry that was verified before")
+        return [one.stored for one in found]
 
     def append(self, make: Callable[[Sequence[StoredEntry]], LedgerEntry]) -> LedgerEntry:
         """Add the entry that ``make`` makes of the whole chain, which no other writer has added to meanwhile.
@@ -98,6 +101,19 @@ class Chain:
             f"ledger of {self.account!r} is broken at entry {sequence}: {why}. Nothing is charged or trained until it "
             "is restored from a copy; never delete entries, for that would forget spent budget."
         )
+
+    def _read_entry(self, sequence: int, previous: str) -> StoredEntry:
+        """The entry at ``sequence``, which must follow the one whose bytes have the digest ``previous``."""
+        try:
+            data = self._store.get_bytes(self._key(sequence))
+        except NotFoundError:
+            raise self.broken(sequence, "it vanished while it was read") from None
+        except IntegrityError:
+            raise self.broken(sequence, "its bytes are not those that were stored") from None
+        entry = self._parse(sequence, data)
+        if entry.sequence != sequence or entry.previous != previous or entry.domain != self.account:
+            raise self.broken(sequence, "its place in the chain does not match")
+        return StoredEntry(entry, sha256_bytes(data))
 
     def _parse(self, sequence: int, data: bytes) -> LedgerEntry:
         try:

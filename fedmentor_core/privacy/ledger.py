@@ -15,10 +15,11 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from fedmentor_core.errors import BudgetError, LedgerError
-from fedmentor_core.privacy.chain import Chain, StoredEntry
+from fedmentor_core.privacy.chain import Chain
 from fedmentor_core.privacy.filter import PrivacyAccount
 from fedmentor_core.privacy.ledger_view import LedgerView, view_of
 from fedmentor_core.privacy.mechanism import PrivacyLevel
+from fedmentor_core.privacy.verified_prefix import StoredEntry, VerifiedPrefix
 from fedmentor_core.records import DomainPlan, LedgerEntry
 from fedmentor_core.storage.base import ArtifactStore
 
@@ -59,13 +60,20 @@ class Terms:
 class Ledger:
     """One account in an artifact store."""
 
-    def __init__(self, store: ArtifactStore, domain: str) -> None:
-        """Open ``domain``'s account; nothing is read or written yet."""
-        self._chain = Chain(store, domain)
+    def __init__(self, store: ArtifactStore, domain: str, verified: VerifiedPrefix | None = None) -> None:
+        """Open ``domain``'s account; nothing is read or written yet.
+
+        Args:
+            store: the ledgers' store.
+            domain: name of the account.
+            verified: what was verified of this account before and need not be read again; None: every operation
+                verifies the whole chain, as whoever reports on an account must.
+        """
+        self._chain = Chain(store, domain, verified)
         self.domain = domain
 
     def entries(self) -> list[LedgerEntry]:
-        """Read and verify the whole chain.
+        """All entries, verified now or before.
 
         Raises:
             LedgerError: an entry is missing, torn, changed or out of order.

@@ -7,8 +7,8 @@ from pydantic import Field
 
 from fedmentor_core.errors import BudgetError
 from fedmentor_core.privacy.accountant import calibrate_at_order
-from fedmentor_core.privacy.chain import StoredEntry
 from fedmentor_core.privacy.filter import PrivacyAccount
+from fedmentor_core.privacy.verified_prefix import StoredEntry
 from fedmentor_core.records import LedgerEntry, Record
 
 

@@ -35,7 +35,7 @@ from fedmentor_core.errors import LedgerError, SharedPostsError
 from fedmentor_core.hashing import canonical_json, sha256_bytes
 from fedmentor_core.privacy.ledger import Ledger, ledger_domains, promise_in, spent_rdp_in
 from fedmentor_core.privacy.refusals import refused
-from fedmentor_core.records import DomainPlan, Record, SharedPosts, StudyPlan
+from fedmentor_core.records import DomainPlan, LedgerEntry, Record, SharedPosts, StudyPlan
 from fedmentor_core.storage.base import ArtifactStore
 
 if TYPE_CHECKING:
@@ -182,19 +182,34 @@ def _judge(
 
 
 def join_account(
-    store: ArtifactStore, key: bytes, claim: Claim, *, siblings: Collection[str], acknowledged: Collection[str]
+    store: ArtifactStore,
+    key: bytes,
+    claim: Claim,
+    *,
+    siblings: Collection[str],
+    acknowledged: Collection[str],
+    ledger: Ledger | None = None,
 ) -> None:
     """Register the posts of a claim and admit it, before its account is charged.
 
     Registered first and judged second: of two studies that bring the same posts under two names at the same moment,
     each finds the other's set, and neither is admitted until one acknowledges the other.
 
+    Args:
+        store: the ledgers' store.
+        key: digest key.
+        claim: account and posts.
+        siblings: accounts of the same study, with whom posts may be shared.
+        acknowledged: domains named in ``shares_posts_with``.
+        ledger: the claim's account, where it is open already.
+
     Raises:
         SharedPostsError: the posts are another account's.
         LedgerError: stored digests cannot be compared.
     """
     name, data = _stored_form(claim.account, claim.fingerprint, key, claim.posts)
-    if store.exists(name) and claim.fingerprint in _Ledgers(store).charged_fingerprints(claim.account):
+    own = ledger or Ledger(store, claim.account)
+    if store.exists(name) and claim.fingerprint in _charged_fingerprints(own.entries()):
         return  # admitted before, with the very same posts
     read_posts(store, key)  # a set under another key must not be added to those that are there
     store.put(name, data)
@@ -324,8 +339,7 @@ class _Ledgers:
 
     def charged_fingerprints(self, account: str) -> frozenset[str]:
         """Of the data that ``account`` was charged for."""
-        charges = (entry for entry in self._entries(account) if entry.kind in ("charge", "evaluation"))
-        return frozenset(entry.dataset_fingerprint for entry in charges)
+        return _charged_fingerprints(self._entries(account))
 
     def standings(self) -> dict[str, Standing]:
         """Of every account that was opened."""
@@ -336,6 +350,10 @@ class _Ledgers:
             if account is not None:
                 found[name] = Standing(account.epsilon_spent(spent_rdp_in(entries)), account.epsilon, account.delta)
         return found
+
+
+def _charged_fingerprints(entries: Iterable[LedgerEntry]) -> frozenset[str]:
+    return frozenset(entry.dataset_fingerprint for entry in entries if entry.kind in ("charge", "evaluation"))
 
 
 def _union(sets: Iterable[PostSet]) -> frozenset[str]:

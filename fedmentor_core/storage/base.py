@@ -84,6 +84,15 @@ class ArtifactStore(ABC):
     def list_keys(self, prefix: str) -> Iterator[str]:
         """All keys below ``prefix``, sorted."""
 
+    def list_versions(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """``list_keys``, each key with its version: a text that is another one once anybody has replaced the object.
+
+        Two listings with the same version of a key vouch for its bytes as far as the backend itself can be trusted.
+        Empty: not known, such as where a backend keeps none.
+        """
+        for key in self.list_keys(prefix):
+            yield key, ""
+
     @abstractmethod
     def _read_pointer(self, key: str) -> tuple[bytes, str] | None:
         """A pointer's stored bytes and the backend's version of them."""

@@ -110,6 +110,10 @@ class EncryptedStore(ArtifactStore):
         """See ``ArtifactStore``."""
         yield from self.inner.list_keys(prefix)
 
+    def list_versions(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """See ``ArtifactStore``; of the envelopes."""
+        yield from self.inner.list_versions(prefix)
+
     def _read_pointer(self, key: str) -> tuple[bytes, str] | None:
         stored = self.inner._read_pointer(key)
         if stored is None:

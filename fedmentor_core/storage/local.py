@@ -109,6 +109,18 @@ class LocalStore(ArtifactStore):
                 found += [name if below == "." else f"{below}/{name}" for name in names]
         yield from sorted(found)
 
+    def list_versions(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """See ``ArtifactStore``. A version is inode, size and times; the last of them no program can set."""
+        for key in self.list_keys(prefix):
+            with self._told("look up", key):
+                try:
+                    found = os.stat(f"{self.root}/{key}")
+                except FileNotFoundError:
+                    version = ""  # whoever reads it will be told
+                else:
+                    version = f"{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
+            yield key, version
+
     def _read_pointer(self, key: str) -> tuple[bytes, str] | None:
         with self._told("read pointer", key):
             try:

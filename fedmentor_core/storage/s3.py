@@ -121,16 +121,23 @@ class S3Store(ArtifactStore):
 
     def list_keys(self, prefix: str) -> Iterator[str]:
         """See ``ArtifactStore``."""
+        yield from (key for key, _ in self.list_versions(prefix))
+
+    def list_versions(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """See ``ArtifactStore``. A version is the server's own entity tag, and when it says it was written."""
         full = f"{self._root}{check_key(prefix)}/" if prefix else self._root
         asked: dict[str, str] = {}
-        found: list[str] = []
+        found: list[tuple[str, str]] = []
         while True:
             page = self.client.call(f"list {prefix or 'all'}", "list_objects_v2", Prefix=full, **asked)
-            found += [item["Key"].removeprefix(self._root) for item in page.get("Contents", [])]
+            found += [
+                (item["Key"].removeprefix(self._root), f"{item['ETag']} {item['LastModified'].isoformat()}")
+                for item in page.get("Contents", [])
+            ]
             if not page.get("IsTruncated"):
                 break
             asked = {"ContinuationToken": page["NextContinuationToken"]}
-        yield from sorted(key for key in found if not key.startswith(f"{RESERVED}/"))
+        yield from sorted(one for one in found if not one[0].startswith(f"{RESERVED}/"))
 
     # --- pointers ------------------------------------------------------------------------------------------------
 

@@ -1,31 +1,60 @@
 """How cost grows: with ledger entries, clients, rounds, domains to plan, adapter size and prompts to answer.
 
 Each benchmark measures one operation at sizes a constant factor apart and fits cost = c * size^k by least squares on
-logarithms. The cost is processor time, which other work on the machine hardly changes. k near 1 is linear growth; below 1, a fixed cost still weighs at these sizes; above 1, it will be the
-bottleneck. The slope between the two largest sizes is given too, because a fixed cost bends the line at small ones.
+logarithms. The cost is processor time, which other work on the machine hardly changes. k near 1 is linear growth;
+below 1, a fixed cost still weighs at these sizes; above 1, it will be the bottleneck. The slope between the two largest
+sizes is given too, because a fixed cost bends the line at small ones.
 """
 
 import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import linear_regression
 from typing import Any
 
 from bench_aggregation import LAYERS, fedmentor_files
-from harness import Arm, Finding, Plan, Sample, Scale, Turn, benchmark, median_of
+from harness import Arm, Finding, Plan, Ratio, Sample, Scale, Turn, benchmark, median_of
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "infra" / "configs" / "quickstart.yaml"
 NO_ADAPTER = {"key": "adapters/a", "sha256": "0" * 64, "n_bytes": 1}
 
 
-@benchmark("scale-ledger", title="one charge to an account by its number of entries", minutes=0.3)
+@benchmark("scale-ledger", title="one charge to an account by its number of entries", minutes=0.6)
 def scale_ledger(scale: Scale) -> Plan:
-    """A charge reads and verifies the whole chain before it is admitted, and adds one entry."""
-    sizes = (10, 100) if scale.quick else (10, 100, 1_000, 5_000)
-    return _growth("entries", sizes, charge_to_account, turns=3, scale=scale)
+    """A charge and a reading: verified from the first entry, as a new process does, and from where it was verified to.
+
+    Requests are those that a bucket would get: one for each object read or written, one for each 1,000 names listed.
+    """
+    sizes = (10, 100) if scale.quick else (10, 100, 1_000, 5_000, 11_000)
+    kinds = {"verified anew": False, "remembered": True}
+    names = {kind: {f"{size:,} entries, {kind}": size for size in sizes} for kind in kinds}
+
+    def conclude(samples: Mapping[str, Sequence[Sample]]) -> list[Finding]:
+        return [
+            Finding(f"{kind}, {finding.name}", finding.value)
+            for kind in kinds
+            for finding in _exponents(names[kind], samples)
+        ]
+
+    anew, remembered = (list(names[kind])[-1] for kind in kinds)
+    return Plan(
+        [
+            Arm(name, charge_to_account, {"size": size, "remembers": kinds[kind]})
+            for kind in kinds
+            for name, size in names[kind].items()
+        ],
+        [
+            Ratio(f"{what} of the largest account, remembered over anew", of=remembered, to=anew, what=what)
+            for what in ("cpu_seconds", "requests")
+        ],
+        turns=1 if scale.quick else 3,
+        warm_up=1,
+        conclude=conclude,
+    )
 
 
 @benchmark("scale-manifest", title="committing a round and reading it back by its number of clients", minutes=0.2)
@@ -66,19 +95,21 @@ def scale_prompts(scale: Scale) -> Plan:
 def _growth(unit: str, sizes: Sequence[int], prepare: Callable[..., Turn], *, turns: int, scale: Scale) -> Plan:
     names = {f"{size:,} {unit}": size for size in sizes}
 
-    def conclude(samples: Mapping[str, Sequence[Sample]]) -> list[Finding]:
-        points = [(names[name], median_of(taken, "cpu_seconds")) for name, taken in samples.items()]
-        if len(points) < 2:
-            return []
-        found = [Finding("exponent over all sizes", exponent(points))]
-        return [*found, Finding("exponent between the two largest", exponent(points[-2:]))]
-
     return Plan(
         [Arm(name, prepare, {"size": size}) for name, size in names.items()],
         turns=1 if scale.quick else turns,
         warm_up=1,
-        conclude=conclude,
+        conclude=partial(_exponents, names),
     )
+
+
+def _exponents(names: Mapping[str, int], samples: Mapping[str, Sequence[Sample]]) -> list[Finding]:
+    """Of the arms of these names, each with its size."""
+    points = [(size, median_of(samples[name], "cpu_seconds")) for name, size in names.items() if name in samples]
+    if len(points) < 2:
+        return []
+    found = [Finding("exponent over all sizes", exponent(points))]
+    return [*found, Finding("exponent between the two largest", exponent(points[-2:]))]
 
 
 def exponent(points: Sequence[tuple[int, float]]) -> float:
@@ -89,14 +120,15 @@ def exponent(points: Sequence[tuple[int, float]]) -> float:
 # --- what the arms do --------------------------------------------------------------------------------------------
 
 
-def charge_to_account(size: int) -> Turn:
-    """An account that has ``size`` entries at first; each turn adds two more."""
+def charge_to_account(size: int, remembers: bool) -> Turn:
+    """An account that has ``size`` entries at first; each turn adds one more and reads the account once."""
     from fedmentor_core.privacy.filter import PrivacyAccount
     from fedmentor_core.privacy.ledger import Ledger, Terms
-    from fedmentor_core.storage.base import open_store
+    from fedmentor_core.privacy.verified_prefix import VerifiedPrefix
 
     folder = tempfile.TemporaryDirectory(prefix="fedmentor-bench-")
-    ledger = Ledger(open_store(Path(folder.name).as_uri()), "one")
+    store = _counting_store(Path(folder.name))
+    ledger = Ledger(store, "one", VerifiedPrefix() if remembers else None)
     account = PrivacyAccount.open(8.0, 1e-5, 0.05, 100)
     ledger.open_account(account, run_id="bench", dataset_fingerprint="0" * 64, terms=Terms())
     _lengthen(Path(folder.name), account, size)
@@ -104,14 +136,37 @@ def charge_to_account(size: int) -> Turn:
 
     def turn() -> Sample:
         assert folder  # lives as long as the arm
+        store.requests = 0
         started = time.perf_counter()
         ledger.charge(account, run_id="bench", round_index=0, attempt=next(attempts), dataset_fingerprint="0" * 64,
                       noise_multiplier=1e3, sample_rate=1e-4, steps=1)  # fmt: skip
-        charged = time.perf_counter()
         entries = len(ledger.entries())
-        return Sample(charged - started, figures={"read_seconds": time.perf_counter() - charged, "entries": entries})
+        return Sample(time.perf_counter() - started, figures={"requests": store.requests, "entries": entries})
 
     return turn
+
+
+def _counting_store(folder: Path) -> Any:
+    """A folder that counts the requests a bucket would get."""
+    from fedmentor_core.storage.local import LocalStore
+
+    class CountingStore(LocalStore):
+        requests = 0
+
+        def _read(self, key: str) -> tuple[bytes, str | None]:
+            self.requests += 1
+            return super()._read(key)
+
+        def _create(self, key: str, body: Any) -> None:
+            self.requests += 1
+            super()._create(key, body)
+
+        def list_keys(self, prefix: str) -> Iterator[str]:
+            found = list(super().list_keys(prefix))
+            self.requests += max(1, math.ceil(len(found) / 1_000))
+            yield from found
+
+    return CountingStore(folder)
 
 
 def _lengthen(folder: Path, account: Any, size: int) -> None:

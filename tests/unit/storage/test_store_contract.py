@@ -175,6 +175,21 @@ def test_listing_is_sorted_and_goes_by_folders(store: ArtifactStore) -> None:
     assert list(store.list_keys("nothing")) == []
 
 
+def test_version_of_an_object_stays_until_somebody_replaces_it(place: Place) -> None:
+    keys = ["v/a", "v/b", "v/c"]
+    for key in keys:
+        place.store.put_bytes(key, key.encode())
+    before = list(place.store.list_versions("v"))
+    assert [key for key, _ in before] == keys
+    assert all(version for _, version in before)
+    place.store.get_bytes("v/b")
+    assert list(place.open().list_versions("v")) == before
+    place.spoil("v/b", b"another content")
+    after = dict(place.store.list_versions("v"))
+    assert [key for key, version in before if after[key] != version] == ["v/b"]
+    assert list(place.store.list_versions("nothing")) == []
+
+
 def test_listing_goes_past_a_page(bucket: str, s3_endpoint: str, raw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(f"s3://{bucket}", StorageConfig(endpoint_url=s3_endpoint))
     expected = [f"many/{i:04d}" for i in range(12)]
