@@ -29,8 +29,9 @@ from fedmentor_core.privacy.shared_posts import join_account, study_accounts, tr
 from fedmentor_core.records import ArtifactRef, ClientAssignment, ClientStatus, ClientUpdate, DomainPlan
 from fedmentor_core.training.client import LocalRound, train_locally
 from fedmentor_core.wire.codecs import find_codec
-from fedmentor_core.wire.update import Base, encode_update
-from fedmentor_core.workspace import Workspace, client_key, find_update, update_metadata
+from fedmentor_core.wire.traffic import update_metadata
+from fedmentor_core.wire.update import Base, encode_update, update_seed
+from fedmentor_core.workspace import Workspace, client_key, find_update
 
 OnStep = Callable[[int, int], None]
 
@@ -94,7 +95,7 @@ def run_client(
         update, attempt = recovered
         return _commit(workspace, assignment, plan, account, update, attempt, started)
 
-    shared = _sharing_refusal(workspace, plan) if refusal is None else None
+    shared = _sharing_refusal(workspace, ledger, plan) if refusal is None else None
     inward, outward = (shared, workspace.outward(shared)) if shared is not None else (refusal, refusal)
     if inward is not None and outward is not None:
         ledger.refuse(account, run_id=assignment.run_id, round_index=assignment.round_index, reason=inward)
@@ -131,7 +132,7 @@ def run_client(
     return _commit(workspace, assignment, plan, account, update, attempt, started)
 
 
-def _sharing_refusal(workspace: Workspace, plan: DomainPlan) -> str | None:
+def _sharing_refusal(workspace: Workspace, ledger: Ledger, plan: DomainPlan) -> str | None:
     """Store which posts the account protects, and say why it may not be charged for them, if so."""
     config = workspace.config
     try:
@@ -141,6 +142,7 @@ def _sharing_refusal(workspace: Workspace, plan: DomainPlan) -> str | None:
             training_claim(config, plan, workspace.data[plan.domain]),
             siblings=study_accounts(workspace.plan),
             acknowledged=config.domain(plan.domain).shares_posts_with,
+            ledger=ledger,
         )
     except BudgetError as error:
         return str(error)
@@ -186,7 +188,7 @@ def _train(workspace: Workspace, assignment: ClientAssignment, attempt: int, on_
         find_codec(config.wire.upload),
         base,
         update_metadata(assignment.run_id, assignment.round_index, base.sha256),
-        derive_seed(config.seed, "rounding", assignment.round_index, assignment.domain, attempt),
+        update_seed(config.seed, assignment.round_index, assignment.domain, attempt),
     )
     return workspace.store.put(_update_key(workspace, assignment, attempt), data)
 

@@ -99,7 +99,7 @@ def _problems_of_plan(workspace: Workspace, request: PlanRequest, plan: DomainPl
         epsilon_budget=config.epsilon_of(domain) if is_private else None,
         privacy_level=config.privacy.level,
         planned_runs=config.privacy.planned_runs,
-        bytes_up_per_round=workspace.bytes_up(domain.name),
+        bytes_up_per_round=workspace.traffic.bytes_up(domain.name),
     )
     numbers = [plan.sample_rate, plan.min_noise_multiplier, plan.delta, plan.noise_multiplier, plan.spent_rdp_before]
     if any(number is not None and not (0 <= number < math.inf) for number in numbers):
@@ -138,7 +138,7 @@ def _problems_of_update(workspace: Workspace, site: str, request: TrainRequest, 
     if not ref.key.startswith(f"{folder_of(site, asked.domain, asked.run_id)}/rounds/{asked.round_index:04d}/"):
         yield "its update is not in the site's own folder of this round"
         return
-    expected = workspace.bytes_up(asked.domain, asked.round_index)
+    expected = workspace.traffic.bytes_up(asked.domain, asked.round_index)
     if not ref.n_bytes == update.bytes_up == expected:
         yield f"its update has {ref.n_bytes} bytes, expected {expected}"
         return
@@ -159,7 +159,8 @@ def _problems_of_file(workspace: Workspace, request: TrainRequest, update: Clien
     except FedMentorError:
         yield "the bytes of its update are not those that it signed"
         return
-    if said != workspace.update_header(asked.domain, asked.round_index, asked.global_adapter.sha256):
+    base = asked.global_adapter.sha256
+    if said != workspace.traffic.update_header(asked.domain, asked.round_index, update.attempt, base):
         yield "its update's own header names another study, round, global adapter or wire format"
 
 

@@ -2,8 +2,8 @@
 
 An fp32 file is a plain safetensors file without an envelope, which every reader of safetensors reads. Any other codec
 stores each tensor's parts under the tensor's name and a suffix, and one entry ``wire`` in the header's metadata: format
-version, codec, block size, type and shape of what is read, and what it is to be added to. The entry has the same length
-whatever the numbers are.
+version, codec, block size, type and shape of what is read, what it is to be added to, and the seed of the dither where
+the codec has one. The entry has the same length whatever the numbers are.
 
 What arrives is judged before it is decoded: names, types and shapes of all parts follow from the header, so a file
 cannot make its reader allocate more than about ten times its own size.
@@ -11,6 +11,7 @@ cannot make its reader allocate more than about ten times its own size.
 
 import json
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
@@ -20,6 +21,7 @@ from fedmentor_core.errors import IntegrityError
 from fedmentor_core.hashing import canonical_json
 from fedmentor_core.records import Record
 from fedmentor_core.wire.codecs import Codec, Layout, Shape, find_codec
+from fedmentor_core.wire.dither import Dither
 from fedmentor_core.wire.rounding import coins
 from fedmentor_core.wire.sizes import file_bytes
 
@@ -40,28 +42,46 @@ class Envelope(Record):
         pattern=r"^[0-9a-f]{64}$",
         description="Digest of the global adapter that what is read is to be added to; none: it is the value itself.",
     )
+    dither: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{16}$",
+        description="Seed of the dither, as a number of 64 bits; none, and not written: the codec has no dither.",
+    )
     shapes: dict[str, tuple[Annotated[int, Field(ge=1)], ...]] = Field(description="Shape of each tensor that is read.")
 
     @classmethod
-    def of(cls, codec: Codec, shapes: Mapping[str, Shape], base: str | None = None) -> "Envelope":
-        """The envelope of tensors with these shapes."""
-        return cls(codec=codec.name, block=codec.block, base=base, shapes=dict(shapes))
+    def of(cls, codec: Codec, shapes: Mapping[str, Shape], *, seed: int, base: str | None = None) -> "Envelope":
+        """The envelope of tensors with these shapes.
+
+        Args:
+            codec: that writes them.
+            shapes: by name.
+            seed: of the coins or the dither, below 2^64.
+            base: digest of the global adapter that they are a change of.
+        """
+        dither = f"{seed:016x}" if codec.dithered else None
+        return cls(codec=codec.name, block=codec.block, base=base, dither=dither, shapes=dict(shapes))
 
     @property
     def layout(self) -> Layout:
         """Everything that is stored, by full name.
 
         Raises:
-            IntegrityError: an unknown codec, or another block size than the codec has.
+            IntegrityError: an unknown codec, another block size than the codec has, or a dither where it has none.
         """
         codec = find_codec(self.codec)
         if self.block != codec.block:
             raise IntegrityError(f"wire codec {self.codec!r} has block size {codec.block}, the file says {self.block}.")
+        if codec.dithered != (self.dither is not None):
+            raise IntegrityError(f"wire codec {self.codec!r} has {'a' if codec.dithered else 'no'} dither.")
         return layout_of(codec, self.shapes)
 
     def metadata(self) -> dict[str, str]:
         """For the file's header; empty for fp32, which needs no envelope."""
-        return {} if self.codec == "fp32" else {KEY: canonical_json(self.model_dump(mode="json")).decode()}
+        if self.codec == "fp32":
+            return {}
+        unsaid = {"dither"} if self.dither is None else None
+        return {KEY: canonical_json(self.model_dump(mode="json", exclude=unsaid)).decode()}
 
     @classmethod
     def in_metadata(cls, metadata: Mapping[str, str]) -> "Envelope | None":
@@ -101,7 +121,7 @@ class Envelope(Record):
         Raises:
             IntegrityError: the file holds other tensors than its header says.
         """
-        layout, codec = self.layout, find_codec(self.codec)
+        layout, codec, dither = self.layout, find_codec(self.codec), Dither(int(self.dither or "0", 16))
         if set(stored) != set(layout):
             raise IntegrityError(f"a file with wire codec {self.codec!r} lacks tensors, or holds unknown ones.")
         decoded: State = {}
@@ -118,7 +138,7 @@ class Envelope(Record):
                         f"{_TORCH_NAMES[kind]}."
                     )
                 parts[suffix] = tensor
-            decoded[name] = codec.decode(parts, shape)
+            decoded[name] = codec.decode(parts, shape, partial(dither.of, name))
         return decoded
 
 
@@ -142,27 +162,27 @@ def encoded(
     Args:
         state: fp32 tensors by name.
         codec: how they are written.
-        seed: of the coins.
+        seed: of the coins or the dither, below 2^64; public.
         metadata: what else the header is to say.
         base: digest of the global adapter that ``state`` is a change of.
 
     Returns:
         The same bytes for the same arguments; their number depends on names, shapes, codec and the metadata's length.
     """
-    generator = coins(seed)
+    generator, dither = coins(seed), Dither(seed)
     parts = {
         name + suffix: part
         for name, tensor in sorted(state.items())
-        for suffix, part in codec.encode(tensor, generator).items()
+        for suffix, part in codec.encode(tensor, generator, partial(dither.of, name)).items()
     }
-    return state_to_bytes(parts, {**metadata, **Envelope.of(codec, shapes_of(state), base).metadata()})
+    return state_to_bytes(parts, {**metadata, **Envelope.of(codec, shapes_of(state), seed=seed, base=base).metadata()})
 
 
 def encoded_bytes(
     shapes: Mapping[str, Shape], codec: Codec, *, metadata: Mapping[str, str], base: str | None = None
 ) -> int:
     """The number of bytes that ``encoded`` returns, without a tensor."""
-    header = {**metadata, **Envelope.of(codec, shapes, base).metadata()}
+    header = {**metadata, **Envelope.of(codec, shapes, seed=0, base=base).metadata()}
     return file_bytes(layout_of(codec, shapes), header)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from fedmentor_core.adapters.lora import State, metadata_from_bytes, state_from_bytes
 from fedmentor_core.errors import IntegrityError
+from fedmentor_core.hashing import derive_seed
 from fedmentor_core.wire.codecs import Codec, Shape
 from fedmentor_core.wire.envelope import Envelope, encoded, encoded_bytes, shapes_of
 
@@ -30,6 +31,11 @@ class Base:
     state: State
 
 
+def update_seed(study_seed: int, round_index: int, domain: str, attempt: int) -> int:
+    """Seed of an update's coins or dither: public, and another for every client, round and attempt."""
+    return derive_seed(study_seed, "rounding", round_index, domain, attempt)
+
+
 def encode_update(state: State, codec: Codec, base: Base, metadata: Mapping[str, str], seed: int) -> bytes:
     """An update as it is sent.
 
@@ -37,8 +43,8 @@ def encode_update(state: State, codec: Codec, base: Base, metadata: Mapping[str,
         state: the trained tensors after training and noise.
         codec: of ``wire.upload``.
         base: what they started from.
-        metadata: what the update says of itself (``workspace.update_metadata``).
-        seed: of the coins; public, and another for every client, round and attempt.
+        metadata: what the update says of itself (``traffic.update_metadata``).
+        seed: of the coins or the dither (``update_seed``).
     """
     if codec.name == "fp32":
         return encoded(state, codec, seed=seed, metadata=metadata)
@@ -52,10 +58,10 @@ def update_bytes(shapes: Mapping[str, Shape], codec: Codec, metadata: Mapping[st
 
 
 def update_header(
-    shapes: Mapping[str, Shape], codec: Codec, base_sha256: str, metadata: Mapping[str, str]
+    shapes: Mapping[str, Shape], codec: Codec, base_sha256: str, metadata: Mapping[str, str], seed: int
 ) -> dict[str, str]:
     """All that the header of an update must say, to the letter."""
-    return {**metadata, **Envelope.of(codec, shapes, _base_of(codec, base_sha256)).metadata()}
+    return {**metadata, **Envelope.of(codec, shapes, seed=seed, base=_base_of(codec, base_sha256)).metadata()}
 
 
 def decode_update(data: bytes, codec: Codec, base: Base | None) -> State:

@@ -27,10 +27,11 @@ CODECS = {
     "fp32": ("fp32", "fp32"),
     "bf16": ("bf16", "bf16"),
     "int8": ("int8", "int8"),
+    "int6 up, int7 down": ("int6", "int7"),
     "int4 up, int8 down": ("int4", "int8"),
     "int4": ("int4", "int4"),
 }
-SMALL = "int4 up, int8 down"
+SMALL = "int6 up, int7 down"
 TARGET_BYTES = 17.3e6
 
 State = dict[str, Any]
@@ -77,8 +78,8 @@ def exchange(upload: str, download: str, layers: int) -> Turn:
     from fedmentor_core.wire.codecs import find_codec
     from fedmentor_core.wire.envelope import decoded, encoded, shapes_of
     from fedmentor_core.wire.planned import adapter_bytes
+    from fedmentor_core.wire.traffic import update_metadata
     from fedmentor_core.wire.update import Base, decode_update, encode_update, update_bytes
-    from fedmentor_core.workspace import update_metadata
 
     torch.set_num_threads(1)
     up, down = find_codec(upload), find_codec(download)

@@ -15,7 +15,7 @@ from fedmentor_core.site.asking import ask_evaluation, ask_plan, ask_training
 from fedmentor_core.site.checking import find_answer
 from fedmentor_core.site.requests import Answer, SignedAnswer, TrainRequest, answer_key, told_to_site
 from fedmentor_core.site.signing import make_key_file, read_key_file, sign
-from fedmentor_core.workspace import update_metadata
+from fedmentor_core.wire.traffic import update_metadata
 
 
 def assignment(server, domain="one", **wishes):

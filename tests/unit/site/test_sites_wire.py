@@ -16,8 +16,9 @@ from fedmentor_core.site.requests import Answer, SignedAnswer, TrainRequest, ans
 from fedmentor_core.site.signing import read_key_file, sign
 from fedmentor_core.study import run_study
 from fedmentor_core.wire.envelope import KEY
+from fedmentor_core.wire.update import update_seed
 
-WIRE = {"upload": "int4", "download": "int8"}
+WIRE = {"upload": "int6", "download": "int8"}
 
 
 @pytest.fixture
@@ -38,9 +39,9 @@ def test_sites_send_and_read_to_the_byte_what_was_planned(over_sites: Any) -> No
     workspace, summary = over_sites(aggregation={"server": "momentum"})
     for index, one in enumerate(summary.rounds):
         for client, plan in zip(one.clients, workspace.plan.domains, strict=True):
-            assert client.bytes_up == plan.bytes_up_per_round == workspace.bytes_up(client.domain, index)
+            assert client.bytes_up == plan.bytes_up_per_round == workspace.traffic.bytes_up(client.domain, index)
             planned = plan.bytes_down_per_round if index else plan.bytes_down_first_round
-            assert client.bytes_down == planned == workspace.planned_bytes_down(index)
+            assert client.bytes_down == planned == workspace.traffic.bytes_down(index)
     found = find_manifest(workspace, 1).adapter
     assert '"codec":"int8"' in metadata_from_bytes(workspace.store.get(found))[KEY]
     assert all(bool(torch.isfinite(tensor).all()) for tensor in workspace.get_adapter(found).values())
@@ -50,13 +51,13 @@ def test_sites_alternate_between_factors_in_few_bits(over_sites: Any) -> None:
     workspace, summary = over_sites(adapter={"rank": 4, "train": "alternate"})
     for index, one in enumerate(summary.rounds):
         for client in one.clients:
-            assert client.bytes_up == workspace.bytes_up(client.domain, index)
-            assert client.bytes_down == workspace.planned_bytes_down(index)
+            assert client.bytes_up == workspace.traffic.bytes_up(client.domain, index)
+            assert client.bytes_down == workspace.traffic.bytes_down(index)
 
 
 FORMS = {
-    "codec": ('"codec":"int4"', '"codec":"int8"'),
-    "block": ('"block":32', '"block":64'),
+    "codec": ('"codec":"int6"', '"codec":"int8"'),
+    "block": ('"block":64', '"block":32'),
     "version": ('"version":1', '"version":2'),
     "shape": ("[32,4]", "[4,32]"),
 }
@@ -72,7 +73,8 @@ def test_a_signed_update_in_another_form_than_agreed_never_counts(over_sites: An
     assert find_answer(workspace, "site-a", request) == update
     honest = workspace.store.get(update.update)
     key = read_key_file(sites.folder / "site-a" / "site.key")
-    for form, (agreed, sent) in FORMS.items():
+    dither = f"{update_seed(workspace.config.seed, update.round_index, update.domain, update.attempt):016x}"
+    for form, (agreed, sent) in (FORMS | {"dither": (dither, dither[::-1])}).items():
         metadata = metadata_from_bytes(honest)
         assert agreed in metadata[KEY]
         metadata[KEY] = metadata[KEY].replace(agreed, sent)

@@ -15,7 +15,7 @@ from fedmentor_core.wire.update import Base, decode_update, encode_update, updat
 
 NAME = "layer.lora_B.weight"
 SAID = {"run_id": "r", "round_index": "000001", "base_sha256": "b" * 64}
-CODECS = ["bf16", "int8", "int4"]
+CODECS = ["bf16", "int8", "int7", "int6", "int4"]
 
 
 def start(shape: tuple[int, ...] = (40, 4)) -> Base:
@@ -41,11 +41,12 @@ def with_tensors(data: bytes, change: Callable[[dict], dict]) -> bytes:
 @pytest.mark.parametrize("name", CODECS)
 def test_the_header_says_how_to_read_the_file(name):
     said = json.loads(metadata_from_bytes(sent(name))[KEY])
+    dither = {"dither": "0000000000000003"} if name in ("int7", "int6") else {}
     assert said == {
         "version": 1, "codec": name, "block": find_codec(name).block, "dtype": "float32", "base": "b" * 64,
-        "shapes": {NAME: [40, 4]},
+        "shapes": {NAME: [40, 4]}, **dither,
     }  # fmt: skip
-    expected = update_header({NAME: (40, 4)}, find_codec(name), "b" * 64, SAID)
+    expected = update_header({NAME: (40, 4)}, find_codec(name), "b" * 64, SAID, seed=3)
     assert metadata_from_bytes(sent(name)) == expected
 
 
@@ -98,10 +99,22 @@ def test_an_update_in_another_codec_than_agreed_is_refused(name, other):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int6", "int4"])
 def test_a_header_that_says_anything_else_is_refused(name, header, told):
     with pytest.raises(IntegrityError, match=told):
         decode_update(changed(sent(name), **header), find_codec(name), start())
+
+
+@pytest.mark.parametrize(
+    ("name", "dither", "told"),
+    [
+        ("int6", None, "'int6' has a dither"), ("int8", "0" * 16, "'int8' has no dither"),
+        ("int6", "3", "unknown form"), ("int6", "x" * 16, "unknown form"), ("int6", 3, "unknown form"),
+    ],
+)  # fmt: skip
+def test_a_dither_is_said_in_full_where_there_is_one_and_nowhere_else(name, dither, told):
+    with pytest.raises(IntegrityError, match=told):
+        decode_update(changed(sent(name), dither=dither), find_codec(name), start())
 
 
 @pytest.mark.parametrize("text", ["", "[]", "7", "{", "[" * 100_000], ids=lambda text: text[:3])
@@ -125,7 +138,7 @@ def test_a_header_that_is_no_header_is_refused(text):
     ],
     ids=["no scales", "no codes", "more tensors", "short", "another type", "another scale type", "nothing"],
 )
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int6", "int4"])
 def test_a_file_that_does_not_hold_what_its_header_says_is_refused(name, change):
     with pytest.raises(IntegrityError):
         decode_update(with_tensors(sent(name), change), find_codec(name), start())
@@ -145,9 +158,10 @@ def test_shapes_do_not_make_a_reader_allocate_what_the_file_does_not_hold():
         decoded(changed(adapter, shapes={NAME: [10**6, 10**6]}))
 
 
-def test_some_tensors_can_be_read_alone():
+@pytest.mark.parametrize("codec", ["int6", "int4"])
+def test_some_tensors_can_be_read_alone(codec):
     state = {name: torch.randn(8, 8, generator=torch.Generator().manual_seed(1)) for name in ("a", "b", "c")}
-    data = encoded(state, find_codec("int4"), seed=1, metadata={})
+    data = encoded(state, find_codec(codec), seed=1, metadata={})
     envelope = Envelope.in_metadata(metadata_from_bytes(data))
     assert envelope is not None
     stored, read = state_from_bytes(data), []

@@ -17,8 +17,9 @@ from fedmentor_core.wire.envelope import KEY
 from fedmentor_core.wire.update import Base
 from fedmentor_core.workspace import Workspace, find_update
 
-PAIRS = [("fp32", "fp32"), ("bf16", "bf16"), ("int8", "int8"), ("int4", "int8"), ("int4", "int4")]
-BITS = {"fp32": 32, "bf16": 16, "int8": 8.25, "int4": 4.5}
+PAIRS = [("fp32", "fp32"), ("bf16", "bf16"), ("int8", "int8"), ("int6", "int7"), ("int4", "int8"), ("int4", "int4")]
+BITS = {"fp32": 32, "bf16": 16, "int8": 8.25, "int7": 7.125, "int6": 6.25, "int4": 4.5}
+STEPS = {"bf16": 128, "int8": 126, "int7": 124.9, "int6": 61.4, "int4": 6.9}
 SHAPED: dict[str, dict[str, Any]] = {
     "ffa": {},
     "rolora and adam": {"adapter": {"train": "alternate"}, "aggregation": {"server": "adam"}, "rounds": 4},
@@ -87,7 +88,11 @@ def test_the_plan_says_to_the_byte_what_travels(opened: Any, upload: str, downlo
 
 @pytest.mark.parametrize(
     ("case", "upload", "download"),
-    [*((case, "int4", "int8") for case in SHAPED), ("rolora and adam", "fp32", "fp32"), ("fedex", "fp32", "fp32")],
+    [
+        *((case, "int4", "int8") for case in SHAPED),
+        *((case, "int6", "int7") for case in ("rolora and adam", "fedex", "odd rank")),
+        *((case, "fp32", "fp32") for case in ("rolora and adam", "fedex")),
+    ],
 )
 def test_every_way_to_train_and_join_is_planned_to_the_byte(
     opened: Any, tiny_study: dict, case: str, upload: str, download: str
@@ -99,8 +104,8 @@ def test_every_way_to_train_and_join_is_planned_to_the_byte(
     for index, one in enumerate(summary.rounds):
         for client in one.clients:
             assert client.status == "trained"
-            assert client.bytes_up == workspace.bytes_up(client.domain, index)
-            assert client.bytes_down == workspace.planned_bytes_down(index)
+            assert client.bytes_up == workspace.traffic.bytes_up(client.domain, index)
+            assert client.bytes_down == workspace.traffic.bytes_down(index)
     later = [client for one in summary.rounds[1:] for client in one.clients]
     for plan in workspace.plan.domains:
         assert plan.bytes_up_per_round == max(client.bytes_up for client in later if client.domain == plan.domain)
@@ -131,7 +136,7 @@ def test_accounts_and_noise_are_those_of_full_precision(opened: Any, upload: str
         assert told[0] == told[1]
 
 
-@pytest.mark.parametrize("upload", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("upload", ["bf16", "int8", "int6", "int4"])
 def test_an_update_is_the_noised_one_rounded(opened: Any, upload: str) -> None:
     """The same noise seed, so the same noised update before it is rounded."""
     exact = opened("exact", privacy={"noise_seed": 5})
@@ -140,7 +145,7 @@ def test_an_update_is_the_noised_one_rounded(opened: Any, upload: str) -> None:
     meant, base = exact.get_update(one.update), base_of(rounded, other)
     found = rounded.get_update(other.update, base)
     assert other.bytes_up < one.bytes_up / 1.3
-    step = {"bf16": 1 / 128, "int8": 1 / 126, "int4": 1 / 6.9}[upload]
+    step = 1 / STEPS[upload]
     moved = False
     for name, tensor in meant.items():
         change = tensor - base.state[name]
@@ -161,7 +166,7 @@ def test_server_and_clients_go_on_from_the_very_same_numbers(opened: Any, upload
         ends = [workspace.get_update(one.update, base_of(workspace, one)) for one in updates_of(workspace, index)]
         joined = {name: (ends[0][name].double() + ends[1][name].double()) / 2 for name in start}
         found = workspace.get_adapter(after)
-        step = {"bf16": 1 / 128, "int8": 1 / 126, "int4": 1 / 6.9}[download]
+        step = 1 / STEPS[download]
         for name, mean in joined.items():
             assert float((found[name] - mean).abs().max()) <= step * float(mean.abs().max()) + 1e-7
 
