@@ -6,7 +6,11 @@ caller throws the sum away, judges every update by itself, and joins those that 
 update costs a second reading and never enters an average.
 
 Memory: four pieces of ``storage/body.py`` (2 MiB each from files, 8 MiB over a network) and one tensor, whatever the
-number and size of updates. An update in another wire codec than fp32 is decoded whole: one update, and its bytes.
+number and size of updates. A tensor is a view of the piece that it lies in; only one that lies in two is copied. An
+update in another wire codec than fp32 is decoded whole: one update, and its bytes.
+
+A piece is read and digested in a thread of its own while the one before it is checked and added. It is read into this
+process's memory, never mapped: what was digested is what is added, whatever happens to the file meanwhile.
 """
 
 import json
@@ -77,7 +81,7 @@ def _checked(domain: str, source: Source, pieces: Iterable[bytes]) -> Tensors:
 
 
 def tensors_in(pieces: Iterable[bytes], expected: State) -> Tensors:
-    """The tensors of a plain safetensors file in the order in which they lie in it.
+    """The tensors of a plain safetensors file in the order in which they lie in it, to be read and not written to.
 
     Args:
         pieces: the file's bytes in order.
@@ -86,8 +90,6 @@ def tensors_in(pieces: Iterable[bytes], expected: State) -> Tensors:
     Raises:
         IntegrityError: not such a file, or it holds something else.
     """
-    import torch
-
     unread = _Unread(pieces)
     for name, kind, shape, n_bytes in _layout(unread):
         wanted = expected.get(name)
@@ -95,11 +97,16 @@ def tensors_in(pieces: Iterable[bytes], expected: State) -> Tensors:
             raise IntegrityError(f"an update holds a tensor that the round's adapter has not: {shape} {kind}.")
         if n_bytes != wanted.numel() * wanted.element_size():
             raise IntegrityError("an update's header gives a tensor another length than its shape: torn or tampered.")
-        if n_bytes:
-            yield name, torch.frombuffer(unread.take(n_bytes), dtype=wanted.dtype).view(wanted.shape)
-        else:
-            yield name, torch.empty(wanted.shape, dtype=wanted.dtype)
+        yield name, _read_only(unread.take(n_bytes)).view(wanted.dtype).view(wanted.shape)
     unread.end()
+
+
+def _read_only(data: memoryview) -> Any:
+    """Bytes as a tensor, not copied. ``torch.frombuffer`` would warn: it takes such bytes for a mistake."""
+    import numpy
+    from torch.utils.dlpack import from_dlpack
+
+    return from_dlpack(numpy.frombuffer(data, dtype=numpy.uint8))
 
 
 def _layout(unread: "_Unread") -> list[tuple[str, str, tuple[int, ...], int]]:
@@ -109,7 +116,7 @@ def _layout(unread: "_Unread") -> list[tuple[str, str, tuple[int, ...], int]]:
         raise IntegrityError("an update's header is too long: torn or tampered.")
     found, at = [], 0
     try:
-        header = json.loads(unread.take(n_header))
+        header = json.loads(bytes(unread.take(n_header)))
         if "wire" in header.pop("__metadata__", {}):
             raise IntegrityError("an update comes in another wire codec than the study's (wire.upload).")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -130,19 +137,23 @@ class _Unread:
         self._pieces = iter(pieces)
         self._piece = memoryview(b"")
 
-    def take(self, n_bytes: int) -> bytearray:
-        taken = bytearray(n_bytes)
-        at = 0
-        while at < n_bytes:
+    def take(self, n_bytes: int) -> memoryview:
+        """The next bytes; copied only where they lie in more than one piece."""
+        if n_bytes <= len(self._piece):
+            return self._cut(n_bytes)
+        parts = []
+        while n_bytes:
             if not self._piece:
                 self._piece = memoryview(b"")  # gives the last piece back before the next one comes
                 self._piece = memoryview(self._next())
                 if not self._piece:
                     raise IntegrityError("an update ends too early: torn or tampered.")
-            part = min(n_bytes - at, len(self._piece))
-            taken[at : at + part] = self._piece[:part]
-            self._piece = self._piece[part:]
-            at += part
+            parts.append(self._cut(min(n_bytes, len(self._piece))))
+            n_bytes -= len(parts[-1])
+        return memoryview(b"".join(parts))
+
+    def _cut(self, n_bytes: int) -> memoryview:
+        taken, self._piece = self._piece[:n_bytes], self._piece[n_bytes:]
         return taken
 
     def end(self) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from fedmentor_core.aggregation.blocks import squared_distance
 from fedmentor_core.config import AggregationConfig
 from fedmentor_core.errors import UpdateRejectedError
 
@@ -34,7 +35,8 @@ class ArrivingUpdate:
 
     Attributes:
         weight: public; the weights of all updates sum to one.
-        tensors: by name, each checked by shape and type, and all of them together after the last.
+        tensors: by name, to be read and not written to; each checked by shape and type, and all of them together after
+            the last.
     """
 
     weight: float
@@ -152,7 +154,6 @@ class UpdateCheck:
         self._expected = expected
         self._max_update_norm = max_update_norm
         self._squares = 0.0
-        self._scratch: Any = None
         self._seen: set[str] = set()
 
     def see(self, name: str, tensor: Any) -> None:
@@ -170,21 +171,11 @@ class UpdateCheck:
             raise self._rejected(
                 f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(expected.shape)} {expected.dtype}"
             )
-        change = self._room(expected.numel()).view(expected.shape).copy_(tensor).sub_(expected).view(-1)
-        squares = float(torch.dot(change, change))
+        squares = squared_distance(tensor, expected)
         if not math.isfinite(squares) and not bool(torch.isfinite(tensor).all()):
             raise self._rejected(f"{name} holds NaN or infinity")
         self._squares += squares
         self._seen.add(name)
-
-    def _room(self, numel: int) -> Any:
-        """A vector in fp64 that is used again and again: getting a new one costs more than the sum."""
-        import torch
-
-        if self._scratch is None or self._scratch.numel() < numel:
-            largest = max(tensor.numel() for tensor in self._expected.values())
-            self._scratch = torch.empty(largest, dtype=torch.float64)
-        return self._scratch[:numel]
 
     def finish(self) -> None:
         """After the last tensor.

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fedmentor_core.aggregation.base import ArrivingUpdate, State, Updates, WeightedUpdate
+from fedmentor_core.aggregation.blocks import add
 from fedmentor_core.config import AggregationConfig
 
 
@@ -31,17 +32,20 @@ class WeightedMean:
 
     def __init__(self, global_state: State) -> None:
         """Nothing is added yet; ``global_state`` gives names, shapes and dtypes."""
-        import torch
-
         self._like = global_state
-        self._sums = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in global_state.items()}
+        self._sums: dict[str, Any] = {}
         self._total = 0.0
 
     def add(self, weight: float, tensors: Iterable[tuple[str, Any]]) -> None:
         """Add one client's update. Where ``tensors`` raises, the mean is spoilt and must not be used."""
+        import torch
+
         self._total += weight
         for name, tensor in tensors:
-            self._sums[name].add_(tensor, alpha=weight)
+            if name in self._sums:
+                add(self._sums[name], tensor, weight)
+            else:  # the first update makes the sums: writing zeros first would be one more pass over all of them
+                self._sums[name] = tensor.to(torch.float64, copy=True).mul_(weight)
 
     def result(self) -> dict[str, Any]:
         """The mean, in the global state's dtypes.
@@ -51,8 +55,7 @@ class WeightedMean:
         """
         if abs(self._total - 1.0) > 1e-9:
             raise ValueError(f"Expected weights to sum to 1, got {self._total}.")
-        names = list(self._sums)
-        return {name: self._sums.pop(name).to(self._like[name].dtype) for name in names}
+        return {name: self._sums.pop(name).to(like.dtype) for name, like in self._like.items()}
 
 
 def fedavg(global_state: State, updates: Iterable[WeightedUpdate]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ A rival's arm runs under another Python, with flwr and chorus-fl, that ``FEDMENT
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,20 +121,20 @@ def fedmentor_files(count: int, layers: int) -> Turn:
 
 
 def fedmentor_memory(count: int, layers: int) -> Turn:
-    """The same checks and the same sum over updates that are in memory."""
-    from fedmentor_core.aggregation.base import WeightedUpdate, check_update
-    from fedmentor_core.aggregation.fedavg import fedavg
+    """The same checks and the same sum over updates that are in memory, as those of a rounding codec once decoded."""
+    from fedmentor_core.aggregation.arriving import Source, arriving
+    from fedmentor_core.aggregation.fedavg import RULE
 
     before, states = _state(layers, seed=0), [_state(layers, seed) for seed in range(1, DISTINCT + 1)]
 
-    def checked() -> Iterator[WeightedUpdate]:
-        for index in range(count):
-            name, state = f"client-{index:04d}", states[index % DISTINCT]
-            check_update(name, state, before, 1e6)
-            yield WeightedUpdate(name, 1.0 / count, state)
-
     def turn() -> Sample:
-        fedavg(before, checked())
+        sources = {
+            f"client-{index:04d}": Source(
+                1.0 / count, before, 1e6, lambda: iter(()), decode=lambda _, state=states[index % DISTINCT]: state
+            )
+            for index in range(count)
+        }
+        RULE.join_arriving(before, arriving(sources))
         return Sample(bytes=count * _adapter_bytes(layers))
 
     return _with_speed(turn)

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -56,6 +57,22 @@ def test_the_same_to_the_bit_as_the_mean_of_whole_updates(sizes, weights, decode
     )
     assert list(quick) == list(careful)
     assert all(torch.equal(quick[name], careful[name]) for name in careful)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_tensor_that_lies_in_one_piece_is_not_copied():
+    data = state_to_bytes(state(1))
+    start = np.frombuffer(data, dtype=np.uint8).ctypes.data
+    whole = dict(tensors_in([data], state(0)))
+    assert all(start < tensor.data_ptr() < start + len(data) for tensor in whole.values() if tensor.numel())
+    assert all(torch.equal(whole[name], tensor) for name, tensor in state(1).items())
+
+
+def test_the_mean_leaves_the_updates_as_they_were():
+    wide = {name: tensor.double() for name, tensor in state(1).items()}
+    kept = {name: tensor.clone() for name, tensor in wide.items()}
+    fedavg(wide, [WeightedUpdate("one", 0.5, wide), WeightedUpdate("two", 0.5, wide)])
+    assert all(torch.equal(wide[name], kept[name]) for name in wide)
 
 
 def test_fedavg_joins_what_arrives_and_rules_that_need_all_at_once_do_not():
