@@ -12,8 +12,9 @@ Guarantees:
     * An empty batch still adds noise and is a step like any other.
     * Microbatches change memory, not the mechanism: noise is added once, after the last.
     * Noise comes from the system's entropy, the generator's whole state drawn anew at every step, in Opacus' secure
-      mode (sums of Gaussians against floating-point attacks, Holohan and Braghin 2021); never from a study's seed,
-      except in tests, and then the run is marked not private.
+      mode (each number is the sum of four Gaussians, against floating-point attacks: Holohan and Braghin 2021, arXiv
+      2107.10138), for the whole adapter at once; never from a study's seed, except in tests, and then the run is
+      marked not private.
 """
 
 from collections.abc import Iterable
@@ -64,10 +65,26 @@ def make_private_optimizer(
     from opacus.optimizers import DPOptimizer
 
     class UnitOptimizer(DPOptimizer):  # type: ignore[misc]
-        """Clips whole units: the rows of a unit are summed before the norm is taken."""
+        """Clips whole units, over the whole adapter: Opacus is shown one tensor, all trained ones end to end.
+
+        An adapter has hundreds of small tensors, and at a small step the calls for each would cost more than the
+        arithmetic. One vector has one norm, one draw of noise and one division.
+        """
+
+        def __init__(self, inner: Any, **options: Any) -> None:
+            self._tensors = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
+            self._sizes = [tensor.numel() for tensor in self._tensors]
+            # It has the shape that Opacus asks for and carries its attributes, and no numbers of its own.
+            self._adapter: Any = torch.zeros((), device=device).expand(sum(self._sizes))
+            super().__init__(inner, **options)
+
+        @property
+        def params(self) -> list[Any]:
+            """What Opacus clips and noises: one vector."""
+            return [self._adapter]
 
         def fold(self, unit_of_row: Any, n_units: int) -> None:
-            """Turn per-row gradients into per-unit ones; drop the non-finite and what belongs to no unit.
+            """Gather the gradients of a microbatch, one vector per unit; drop the non-finite and what has no unit.
 
             Args:
                 unit_of_row: (rows,) unit of each row; ``n_units`` marks a filler row.
@@ -78,33 +95,42 @@ def make_private_optimizer(
             """
             in_order = torch.arange(len(unit_of_row), device=unit_of_row.device).clamp_(max=n_units)
             one_row_each = torch.equal(unit_of_row, in_order)
-            for parameter in self.params:
-                rows = parameter.grad_sample
+            made = torch.empty if one_row_each else torch.zeros
+            units: Any = made((n_units + 1, sum(self._sizes)), device=device)  # the last takes filler rows
+            for tensor, columns in zip(self._tensors, units.split(self._sizes, dim=1), strict=True):
+                rows = tensor.grad_sample
                 if rows is None or len(rows) != len(unit_of_row):
                     raise FedMentorError(
                         "a trained tensor has no gradient per row: its module does not see one row of the batch at a "
                         "time. Correct adapter.target_modules. Nothing was released."
                     )
+                tensor.grad_sample = None
                 if one_row_each:
-                    parameter.grad_sample = rows[:n_units].float()
-                    continue
-                units = torch.zeros((n_units + 1, *rows.shape[1:]), device=rows.device, dtype=torch.float32)
-                parameter.grad_sample = units.index_add_(0, unit_of_row, rows.float())[:n_units]
-            # The sum of a row that holds NaN or infinity is neither; a finite row whose sum overflows is dropped too.
-            finite = torch.stack([g.flatten(1).sum(dim=1).isfinite() for g in self.grad_samples]).all(dim=0)
+                    columns[:n_units] = rows[:n_units].flatten(1)
+                else:
+                    columns.index_add_(0, unit_of_row, rows.flatten(1).float())
+            units = units[:n_units]
+            # The norm of a row that holds NaN or infinity is neither; a finite row whose norm overflows is dropped too.
+            finite = units.norm(dim=1).isfinite()
             if not bool(finite.all()):
-                for parameter in self.params:
-                    parameter.grad_sample[~finite] = 0.0
+                units[~finite] = 0.0
+            self._adapter.grad_sample = units
 
         def fold_empty(self) -> None:
-            """The gradient of an empty batch: zero rows, to which ``step`` still adds noise."""
-            for parameter in self.params:
-                parameter.grad_sample = torch.zeros((0, *parameter.shape), device=parameter.device)
+            """The gradient of an empty batch: no unit, to which ``step`` still adds noise."""
+            self._adapter.grad_sample = torch.zeros((0, sum(self._sizes)), device=device)
 
         def add_noise(self) -> None:
             if noise_seed is None:
                 reseed_from_entropy(self.generator)
             super().add_noise()
+
+        def scale_grad(self) -> None:
+            """Divide, and hand each trained tensor its part."""
+            super().scale_grad()
+            for tensor, part in zip(self._tensors, self._adapter.grad.split(self._sizes), strict=True):
+                tensor.grad = part.view_as(tensor)
+            self._adapter.grad = None
 
     generator = secret_generator(device) if noise_seed is None else torch.Generator(device).manual_seed(noise_seed)
     return UnitOptimizer(

@@ -99,11 +99,14 @@ def _row_linear() -> Any:
             """Gradient (B, ..., d_out) -> that of rows; ``weight.grad_sample`` grows by (B, d_out, d_in)."""
             (rows,), weight, gradient = ctx.saved_tensors, ctx.weight, gradients[0]
             kind = gradient.dtype  # under autocast the products run in its precision, as the layer's own would
-            inside = rows.reshape(len(rows), -1, rows.shape[-1]).to(kind)
-            outside = gradient.reshape(len(gradient), -1, gradient.shape[-1])
-            found = torch.bmm(outside.transpose(1, 2), inside).float()
+            found = torch.bmm(_by_row(gradient).transpose(1, 2), _by_row(rows).to(kind)).float()
             weight.grad_sample = found if weight.grad_sample is None else weight.grad_sample + found
             back = (gradient @ weight.to(kind)).to(rows.dtype) if ctx.needs_input_grad[0] else None
             return back, None
 
     return RowLinear
+
+
+def _by_row(tensor: Any) -> Any:
+    """(B, ..., d) as (B, T, d)."""
+    return tensor if tensor.dim() == 3 else tensor.reshape(len(tensor), -1, tensor.shape[-1])

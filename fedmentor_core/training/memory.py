@@ -57,9 +57,8 @@ def predicted_peak_bytes(model: Any, shape: StepShape) -> tuple[int, int]:
         held = followed.now
         with followed, checkpointing(model, enabled=shape.checkpointed):
             _loss(model, shape).backward()
-            for parameter in trained if shape.private else []:
-                parameter.grad = torch.einsum("i,i...", torch.ones(shape.rows), parameter.grad_sample)
-                parameter.grad_sample = None
+            if shape.private:
+                _clip(trained, shape.rows)
             optimizer.step()
     return held, followed.peak
 
@@ -75,6 +74,20 @@ def _loss(model: Any, shape: StepShape) -> Any:
     head = base.get_output_embeddings()
     logits = head(wanted.to(head.weight.dtype)).float()
     return torch.nn.functional.cross_entropy(logits, ids[:, -shape.target_tokens :].reshape(-1), reduction="sum")
+
+
+def _clip(trained: list[Any], rows: int) -> None:
+    """Gather the gradients per row, as ``privacy/engine.py`` does, and leave their sum."""
+    import torch
+
+    sizes = [parameter.numel() for parameter in trained]
+    units: Any = torch.empty((rows, sum(sizes)))
+    for parameter, columns in zip(trained, units.split(sizes, dim=1), strict=True):
+        columns.copy_(parameter.grad_sample.flatten(1))
+        parameter.grad_sample = None
+    summed: Any = torch.ones(rows) @ units
+    for parameter, part in zip(trained, summed.split(sizes), strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 class PeakBytes:

@@ -2,6 +2,7 @@
 
 make bench                                                # the CPU set, under 20 minutes on two cores
 python tests/benchmarks/run.py --only startup --quick     # one of them, small: to try it, not to quote it
+python tests/benchmarks/run.py --only dp-step-8x64 --profile  # where the time of each arm goes, instead of how much
 make bench-gpu                                            # the GPU set; needs a GPU
 """
 
@@ -17,6 +18,7 @@ if str(FOLDER) not in sys.path:
 from harness import Benchmark, BenchmarkResult, Report, Scale, discover  # noqa: E402
 from harness.machine import gpu_name, machine, versions  # noqa: E402
 from harness.measure import measure  # noqa: E402
+from harness.profiling import profile_of  # noqa: E402
 
 
 def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:
@@ -28,6 +30,7 @@ def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:
     parser.add_argument("--only", metavar="NAME", action="append", help="only this benchmark; repeatable")
     parser.add_argument("--quick", action="store_true", help="small sizes and few turns: seconds instead of minutes")
     parser.add_argument("--gpu", action="store_true", help="the GPU set instead of the CPU set")
+    parser.add_argument("--profile", action="store_true", help="profile each arm instead; leaves profile-NAME.md")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="folder of the results (default: %(default)s)"
     )
@@ -47,7 +50,18 @@ def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:
         )
         return 2
     chosen = [one for one in known if (one.name in given.only if given.only else one.gpu if given.gpu else one.cpu)]
-    return _run(chosen, Scale(quick=given.quick, gpu=given.gpu), given.out)
+    scale = Scale(quick=given.quick, gpu=given.gpu)
+    return _profile(chosen, scale, given.out) if given.profile else _run(chosen, scale, given.out)
+
+
+def _profile(chosen: list[Benchmark], scale: Scale, out: Path) -> int:
+    out.mkdir(parents=True, exist_ok=True)
+    for one in chosen:
+        path = out / f"profile-{one.name}.md"
+        path.write_text(profile_of(one.name, one.plan(scale)), encoding="utf-8")
+        print(path.read_text(encoding="utf-8"))
+        print(path, file=sys.stderr)
+    return 0
 
 
 def _run(chosen: list[Benchmark], scale: Scale, out: Path) -> int:

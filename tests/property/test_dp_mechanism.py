@@ -101,6 +101,22 @@ def test_noise_is_gaussian_of_exactly_the_promised_scale(noise: float, clip: flo
         assert kstest(sample, "norm", args=(0, wrong)).pvalue < 1e-6
 
 
+def test_each_number_of_noise_is_the_sum_of_four_draws() -> None:
+    """A single draw in fp32 betrays in its low bits what it was added to (Holohan and Braghin 2021)."""
+    generator = torch.Generator().manual_seed(3)
+    torch.normal(0.0, 1.0, (1, 1), generator=generator)  # Opacus throws the first number away
+    draws = torch.stack([torch.normal(0.0, 1.0, (15,), generator=generator) for _ in range(4)])
+    assert torch.allclose(one_step(3), draws.sum(dim=0) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_tensors_of_an_adapter_share_no_noise() -> None:
+    optimizer, recorder, _ = private([(100, 100), (100, 100)], noise=1.0)
+    private_step(optimizer, [], losses_of=None)
+    both = recorder.seen[0].reshape(2, -1)
+    assert abs(float(torch.corrcoef(both)[0, 1])) < 0.06  # six standard deviations
+    assert torch.allclose(both.std(dim=1), torch.ones(2), rtol=0.05)
+
+
 def test_empty_batch_adds_noise_and_is_a_step() -> None:
     optimizer, recorder, parameters = private(SHAPES, noise=1.0)
     for _ in range(3):

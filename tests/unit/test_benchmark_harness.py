@@ -104,6 +104,18 @@ def test_a_tiny_benchmark_from_the_command_to_the_files(tiny_folder, tmp_path, c
     assert "FAILED tiny, raises" in told.err
 
 
+def test_profile_of_a_tiny_benchmark(tiny_folder, tmp_path, capsys):
+    assert bench_run.main(["--profile", "--out", str(tmp_path / "out")], folder=tiny_folder) == 0
+    text = (tmp_path / "out" / "profile-tiny.md").read_text()
+    assert text in capsys.readouterr().out
+    large = text.split("## large")[1].split("## ")[0]
+    assert "bench_tiny_for_test.py: turn`" in large
+    assert "posix.urandom" in large
+    assert "ValueError: broken on purpose" in text
+    assert "longer than 1 s" in text
+    assert "no such thing here" in text
+
+
 def test_help_lists_the_benchmarks_with_an_example(tiny_folder, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench_run.main(["--help"], folder=tiny_folder)

@@ -42,7 +42,9 @@ def test_weights_and_rows_gradients_are_in_the_prediction() -> None:
     _, plain = predicted_peak_bytes(on_meta(), StepShape(64, 2, 1, private=False, bfloat16=False))
     assert weights <= held <= weights * 1.2, "beside the weights, only what rotary positions need"
     extra = private - plain
-    assert 0.1 <= extra / (64 * trained * 4) <= 1.0, "at two tokens a good part of the peak is gradients per row"
+    assert 0.1 <= extra / (64 * trained * 4) <= 2.0, (
+        "at two tokens a good part of the peak is gradients per row, gathered"
+    )
 
 
 @pytest.mark.parametrize("private", [True, False])

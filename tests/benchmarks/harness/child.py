@@ -1,7 +1,7 @@
 """The process of one arm: prepares it, then runs a turn whenever it is told to, and says what the turn took.
 
-Started as ``python -m harness.child MODULE FUNCTION SETTINGS``. A line on standard input asks for a turn; the end of it
-ends the process. Answers are lines of JSON on what was standard output; whatever the arm prints goes to standard error.
+Started as ``python -m harness.child MODULE FUNCTION SETTINGS``. A line on standard input asks for a turn, or for a
+profile of some turns; the end of it ends the process. Answers are lines of JSON on what was standard output; whatever the arm prints goes to standard error.
 """
 
 import gc
@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import time
+from dataclasses import asdict
 from typing import Any, TextIO
 
 from harness.plan import Sample, SkipArmError, Turn
@@ -32,9 +33,9 @@ def main() -> None:
         _say(answers, {"failed": _told(error)})
         raise
     _say(answers, {"ready": True})
-    for _ in asked:
+    for line in asked:
         try:
-            _say(answers, _measured(turn))
+            _say(answers, _profiled(turn) if line.strip() == "profile" else _measured(turn))
         except Exception as error:
             _say(answers, {"failed": _told(error)})
             raise
@@ -59,6 +60,12 @@ def _measured(turn: Turn) -> dict[str, Any]:
             **sample.figures,
         },
     }
+
+
+def _profiled(turn: Turn) -> dict[str, Any]:
+    from harness.profiling import profiled
+
+    return {"spent": [asdict(one) for one in profiled(turn)]}
 
 
 def _processor_seconds() -> float:

@@ -62,13 +62,24 @@ class ArmProcess:
         Raises:
             ArmFailedError: it raised, died or took too long.
         """
+        return Sample(**self._asked(b"\n"))
+
+    def profile(self) -> list[dict[str, Any]]:
+        """Have the arm do its thing some times under a profiler: the fields of ``profiling.Spent``, most first.
+
+        Raises:
+            ArmFailedError: it raised, died or took too long.
+        """
+        return list(self._asked(b"profile\n")["spent"])
+
+    def _asked(self, line: bytes) -> dict[str, Any]:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(b"\n")
+            self._process.stdin.write(line)
             self._process.stdin.flush()
         except OSError:
             raise ArmFailedError(f"its process ended between turns. {self._tail()}") from None
-        return Sample(**self._answer())
+        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self._line())

@@ -295,12 +295,13 @@ def test_a_clip_twice_too_wide_is_caught(probe, monkeypatch):
 
 def test_clipping_each_tensor_apart_is_caught(probe, monkeypatch):
     def per_tensor(self):
-        for parameter in self.params:
-            rows = parameter.grad_sample
-            norms = rows.flatten(1).norm(dim=1)
-            factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-            summed = torch.einsum("i,i...->...", factors, rows)
-            parameter.summed_grad = summed if parameter.summed_grad is None else parameter.summed_grad + summed
+        (adapter,) = self.params
+        clipped = []
+        for rows in adapter.grad_sample.split(self._sizes, dim=1):
+            factors = (self.max_grad_norm / (rows.norm(dim=1) + 1e-6)).clamp(max=1.0)
+            clipped.append(factors @ rows)
+        summed = torch.cat(clipped)
+        adapter.summed_grad = summed if adapter.summed_grad is None else adapter.summed_grad + summed
 
     monkeypatch.setattr(DPOptimizer, "clip_and_accumulate", per_tensor)
     assert not probes.sensitivity(probe).passed
