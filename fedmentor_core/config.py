@@ -15,6 +15,7 @@ from fedmentor_core.data.sources import DataConfig, Source
 from fedmentor_core.errors import ConfigError
 from fedmentor_core.evaluation.scorers_config import BertScoreConfig, ToxicityConfig
 from fedmentor_core.records import UNRELEASED_METRICS
+from fedmentor_core.wire.codecs import CodecName
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Sensitivity = Literal["low", "medium", "high"]
@@ -366,12 +367,12 @@ class AggregationConfig(Section):
 class WireConfig(Section):
     """How numbers are written to travel (docs/wire.md). Rounding what was noised and charged costs no privacy."""
 
-    upload: Literal["fp32", "bf16", "int8", "int4"] = Field(
+    upload: CodecName = Field(
         default="fp32",
         description="A client's update: 'fp32' as it is; others round its change of the global adapter, up or down by "
-        "coin, to 16, 8 or 4 bits a number.",
+        "coin, to 16, 8, 7, 6 or 4 bits a number. 'int6' with 'int7' down is a fifth of the bytes.",
     )
-    download: Literal["fp32", "bf16", "int8", "int4"] = Field(
+    download: CodecName = Field(
         default="fp32",
         description="The global adapter. Server and clients all go on from what it is read as, so nothing drifts.",
     )

@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedmentor_core.adapters.backbone import Backbone, load_backbone
-from fedmentor_core.adapters.base_delta import is_delta, largest_delta
+from fedmentor_core.adapters.base_delta import is_delta
 from fedmentor_core.adapters.lora import (
     State,
     adapter_state,
     attach,
     changes_nothing,
     cut_to_rank,
-    factor_name,
     factor_of,
     load_state,
     main_directions,
-    modules_of,
     resolved_targets,
     state_from_bytes,
     state_to_bytes,
@@ -30,9 +28,9 @@ from fedmentor_core.adapters.lora import (
     trained_part,
 )
 from fedmentor_core.adapters.parts import AdapterParts, Part
+from fedmentor_core.adapters.shapes import AdapterShapes, shapes_from_files
 from fedmentor_core.adapters.warm_start import fitted, read_pinned
 from fedmentor_core.aggregation import find_rule
-from fedmentor_core.aggregation.server import memory_layout
 from fedmentor_core.champion import Champion, ChampionAtStart, fixed_champion
 from fedmentor_core.config import AdapterConfig, DomainConfig
 from fedmentor_core.errors import BudgetError, ConfigError
@@ -44,6 +42,7 @@ from fedmentor_core.privacy.policy import SitePolicy, plan_under_policy, policy_
 from fedmentor_core.privacy.precautions import missing_precautions, shared_ledger_refusal
 from fedmentor_core.privacy.refusals import refused
 from fedmentor_core.privacy.shared_posts import with_shared_posts
+from fedmentor_core.privacy.verified_prefix import VerifiedPrefix
 from fedmentor_core.records import (
     AdapterSummary,
     ArtifactRef,
@@ -54,15 +53,13 @@ from fedmentor_core.records import (
 from fedmentor_core.storage.base import ArtifactStore, open_store
 from fedmentor_core.study_ref import StudyRef
 from fedmentor_core.training.client import TrainingSet
-from fedmentor_core.wire.codecs import Layout, StoredType, find_codec
+from fedmentor_core.wire.codecs import find_codec
 from fedmentor_core.wire.envelope import decoded, encoded, shapes_of
-from fedmentor_core.wire.planned import adapter_bytes
-from fedmentor_core.wire.update import Base, decode_update, update_bytes, update_header
+from fedmentor_core.wire.traffic import Traffic
+from fedmentor_core.wire.update import Base, decode_update
 
 SITES_FOLDER = "sites"
 """First part of every key that a site writes."""
-_ROUND_KINDS = (0, 1)  # rounds that train different factors alternate
-_ANY_DIGEST = "0" * 64
 
 _workspaces: dict[str, "Workspace"] = {}
 _workspaces_lock = threading.Lock()
@@ -103,6 +100,7 @@ class Workspace:
         self.training_turns = threading.BoundedSemaphore(self.config.execution.max_parallel_clients)
         self._training_sets: dict[str, TrainingSet] = {}
         self._site_stores: dict[str, ArtifactStore] = {}
+        self._verified: dict[str, VerifiedPrefix] = {}
 
     # --- places -------------------------------------------------------------------------------------------------
 
@@ -132,8 +130,11 @@ class Workspace:
             return self._site_stores[site.store_url]
 
     def ledger(self, domain: str) -> Ledger:
-        """A domain's privacy account."""
-        return Ledger(self.ledger_store, domain)
+        """A domain's privacy account, to draw from: what was verified of it in this run here is not read again.
+
+        Who answers for the whole account, as report, audit and lineage do, opens ``Ledger(ledger_store, domain)``.
+        """
+        return Ledger(self.ledger_store, domain, self._verified.setdefault(domain, VerifiedPrefix()))
 
     def newest_entry(self, domain: str) -> str:
         """Digest that stands for a domain's account as it is now; empty where it has no entry.
@@ -186,7 +187,7 @@ class Workspace:
         return InitialAdapter(
             frozen=self.put_adapter(frozen),
             trained=trained_ref,
-            n_trainable=self.n_trainable(),
+            n_trainable=self.traffic.n_trainable(),
             n_bytes=trained_ref.n_bytes,
             targets=targets,
         )
@@ -557,21 +558,26 @@ class Workspace:
         """Clients of the whole study."""
         return len(self.config.domains)
 
-    def bytes_up(self, domain: str, round_index: int | None = None) -> int:
-        """Size of a client's update in a round; None: of the largest, as a plan names it."""
-        if round_index is None:
-            return max(self.bytes_up(domain, index) for index in _ROUND_KINDS)
-        metadata = update_metadata(self.ref.run_id, round_index, _ANY_DIGEST)
-        return update_bytes(self._sent_shapes(domain, round_index), find_codec(self.config.wire.upload), metadata)
+    @property
+    def traffic(self) -> Traffic:
+        """What this run's adapters and updates weigh."""
+        with self._lock:
+            return self._traffic
 
-    def update_header(self, domain: str, round_index: int, base_sha256: str) -> dict[str, str]:
-        """All that the header of a client's update in a round must say."""
-        metadata = update_metadata(self.ref.run_id, round_index, base_sha256)
-        codec = find_codec(self.config.wire.upload)
-        return update_header(self._sent_shapes(domain, round_index), codec, base_sha256, metadata)
+    @cached_property
+    def _traffic(self) -> Traffic:
+        trained, frozen, targets = self._initial_states
+        return self._traffic_of(
+            AdapterShapes(
+                trained=shapes_of(trained),
+                frozen=shapes_of(frozen),
+                targets=targets,
+                backbone_sha256=self.backbone.sha256,
+            )
+        )
 
-    def _sent_shapes(self, domain: str, round_index: int) -> dict[str, tuple[int, ...]]:
-        return shapes_of(trained_part(self._trained, self.config.adapter_of(domain), round_index))
+    def _traffic_of(self, shapes: AdapterShapes) -> Traffic:
+        return Traffic(config=self.config, run_id=self.ref.run_id, n_clients=self.n_clients, shapes=shapes)
 
     def bytes_down(self, adapter: ArtifactRef, round_index: int) -> int:
         """What a client that took part so far reads to start a round; what nobody trains travels once."""
@@ -579,64 +585,13 @@ class Workspace:
         once = self.frozen_adapter.n_bytes if round_index == 0 else 0
         return adapter.n_bytes + (0 if base is None else base.n_bytes) + once
 
-    def planned_bytes_down(self, round_index: int | None = None) -> int:
-        """What ``bytes_down`` will be in a round, from shapes alone; None: the most of any round after the first.
+    def make_plan(self, *, from_files: bool = False) -> StudyPlan:
+        """Plan the domains that are here, from public numbers and the ledgers. Writes nothing.
 
-        It is exact where every earlier round joined an update, and where the study starts from no correction of the
-        base. Of a rule that adds to the base, by a rank that nobody knows before, it is the most that there can be.
+        Args:
+            from_files: load no backbone whose files on disk say enough for a plan (``adapters/shapes.py``). The plan is
+                the same; that the model can be loaded is then not shown.
         """
-        if round_index is None:
-            last = max(1, self.config.rounds - 1)
-            return max(self.planned_bytes_down(index) for index in {*range(1, min(last, 3) + 1), last})
-        adapter, codec = self.config.adapter, find_codec(self.config.wire.download)
-        shapes, frozen = shapes_of(self._trained), shapes_of(self._frozen)
-        if round_index == 0:
-            return sum(adapter_bytes(one, codec, held={}, base={}, server={}) for one in (shapes, frozen))
-        changed = trained_factors(adapter.train, round_index - 1)
-        so_far = frozenset().union(*(trained_factors(adapter.train, index) for index in range(min(round_index, 2))))
-        return adapter_bytes(
-            {name: shape for name, shape in shapes.items() if factor_of(name) in changed},
-            codec,
-            held={name: shape for name, shape in shapes.items() if factor_of(name) not in changed},
-            base=self._most_added_to_base(round_index),
-            server=memory_layout(
-                self.config.aggregation, {name: shape for name, shape in shapes.items() if factor_of(name) in so_far}
-            ),
-        )
-
-    def _most_added_to_base(self, n_rounds: int) -> Layout:
-        """The most that the rule can have added after so many rounds; one client's product leaves nothing over."""
-        if not find_rule(self.config.aggregation.rule).corrects_base or self.n_clients == 1:
-            return {}
-        rank = self.config.adapter.rank
-        a_round = (self.n_clients - 1) * rank  # deviations from their own mean sum to zero
-        columns = (n_rounds - 1) * a_round + self.n_clients * rank
-        largest: dict[str, tuple[StoredType, tuple[int, ...]]] = {}
-        for module in modules_of(self._trained):
-            m, n = self._trained[factor_name(module, "B")].shape[0], self._trained[factor_name(module, "A")].shape[1]
-            largest |= largest_delta(module, m, n, columns=columns, kept=n_rounds * a_round)
-        return largest
-
-    def n_trainable(self) -> int:
-        """Parameters that a client trains in a round; where rounds differ, in the round that trains most."""
-        adapter = self.config.adapter
-        return max(
-            sum(int(tensor.numel()) for tensor in trained_part(self._trained, adapter, index).values())
-            for index in _ROUND_KINDS
-        )
-
-    @property
-    def _trained(self) -> State:
-        with self._lock:
-            return self._initial_states[0]
-
-    @property
-    def _frozen(self) -> State:
-        with self._lock:
-            return self._initial_states[1]
-
-    def make_plan(self) -> StudyPlan:
-        """Plan the domains that are here, from public numbers and the ledgers. Writes nothing."""
         from fedmentor_core.privacy.validation_plan import check_disjoint_units, with_validation
 
         shared_ledger = shared_ledger_refusal(self.config)
@@ -644,7 +599,9 @@ class Workspace:
             raise ConfigError(shared_ledger + ".")
         if self.config.evaluation.gate_data == "private":
             check_disjoint_units(self.data)
-        n_trainable, bytes_down, first = self.n_trainable(), self.planned_bytes_down(), self.planned_bytes_down(0)
+        shapes = shapes_from_files(self.config.backbone, self.config.adapter) if from_files else None
+        traffic = self.traffic if shapes is None else self._traffic_of(shapes)
+        n_trainable, bytes_down, first = traffic.n_trainable(), traffic.bytes_down(), traffic.bytes_down(0)
         domains = []
         for domain in self.domains_here:
             data = self.data[domain.name]
@@ -655,7 +612,7 @@ class Workspace:
                 under_policy(domain, policy),
                 n_units=data.n_units["train"],
                 dataset_fingerprint=data.fingerprint,
-                bytes_up=self.bytes_up(domain.name),
+                bytes_up=traffic.bytes_up(domain.name),
                 bytes_down=bytes_down,
                 bytes_down_first=first,
                 account_in_force=ledger.account(),
@@ -663,8 +620,8 @@ class Workspace:
                 runs_before=ledger.runs_charged(besides=self.ref.run_id),
             )
             plan = with_validation(plan, self.config, self.data, self.ledger, self.ref.run_id)
-            adapter = self.resolved_adapter_of(domain.name)
-            plan = plan_under_policy(plan, policy, self.config, self.backbone.sha256, adapter)
+            adapter = self.config.adapter_of(domain.name).model_copy(update={"target_modules": traffic.shapes.targets})
+            plan = plan_under_policy(plan, policy, self.config, traffic.shapes.backbone_sha256, adapter)
             plan = with_client_level_warning(plan, n_trainable, self.n_clients)
             other_terms = ledger.terms_refusal(Terms.of(plan))
             domains.append(plan if other_terms is None else refused(plan, other_terms))
@@ -720,11 +677,6 @@ def carried(plan: StudyPlan) -> StudyPlan:
 
 def _names(domains: Sequence[DomainConfig]) -> str:
     return ", ".join(domain.name for domain in domains)
-
-
-def update_metadata(run_id: str, round_index: int, base_sha256: str) -> dict[str, str]:
-    """What an update says about itself inside its safetensors header; of constant length within a run."""
-    return {"run_id": run_id, "round_index": f"{round_index:06d}", "base_sha256": base_sha256}
 
 
 def find_update(workspace: Workspace, round_index: int, domain: str) -> ClientUpdate | None:

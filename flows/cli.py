@@ -167,7 +167,7 @@ def plan(
 
     silence_libraries()
     with tempfile.TemporaryDirectory(prefix="fedmentor-plan-") as scratch:
-        made = Workspace(find_study(study, out or scratch, default_store())).make_plan()
+        made = Workspace(find_study(study, out or scratch, default_store())).make_plan(from_files=True)
     if as_json:
         print(made.model_dump_json(indent=2))
     else:

@@ -96,12 +96,27 @@ def weights_sha256(folder: Path) -> str:
     return canonical_sha256(digests)
 
 
+def pinned_sha256(config: BackboneConfig, folder: Path | None) -> str:
+    """Digest of the backbone's weights, in ``folder`` or in the hub's cache.
+
+    Raises:
+        BackboneError: it is not the one that the configuration pins.
+    """
+    digest = weights_sha256(folder) if folder else _hub_digest(config)
+    if config.sha256 is not None and digest != config.sha256:
+        raise BackboneError(
+            f"backbone {config.name!r}: expected weights sha256 {config.sha256}, got {digest}. "
+            "Correct backbone.sha256 or restore the weights."
+        )
+    return digest
+
+
 def _load(config: BackboneConfig) -> Backbone:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = resolve_device(config.device)
-    folder = _folder_of(config)
+    folder = folder_of(config)
     source = str(folder) if folder else config.name
     options: dict[str, Any] = {} if folder else {"revision": config.revision}
     try:
@@ -118,12 +133,7 @@ def _load(config: BackboneConfig) -> Backbone:
         ) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    digest = weights_sha256(folder) if folder else _hub_digest(config)
-    if config.sha256 is not None and digest != config.sha256:
-        raise BackboneError(
-            f"backbone {config.name!r}: expected weights sha256 {config.sha256}, got {digest}. "
-            "Correct backbone.sha256 or restore the weights."
-        )
+    digest = pinned_sha256(config, folder)
     frozen: Any = model
     frozen.requires_grad_(False)
     frozen.eval()
@@ -133,7 +143,12 @@ def _load(config: BackboneConfig) -> Backbone:
     )
 
 
-def _folder_of(config: BackboneConfig) -> Path | None:
+def folder_of(config: BackboneConfig) -> Path | None:
+    """Where the backbone is on disk; None: its name is a hub id.
+
+    Raises:
+        BackboneError: the folder does not exist, or is no model.
+    """
     if config.name == "embedded":
         return embedded_backbone_folder()
     path = Path(config.name).expanduser()

@@ -47,6 +47,12 @@ def factor_of(name: str) -> str | None:
     return None if match is None else match[1]
 
 
+def layer_of(name: str) -> int | None:
+    """Index of the block that a module or tensor belongs to; None where it is in none."""
+    match = _LAYER.search(name)
+    return None if match is None else int(match[1])
+
+
 def factor_name(module: str, factor: Factor) -> str:
     """The short tensor name of a module's factor."""
     return f"{module}.lora_{factor}.weight"
@@ -368,7 +374,7 @@ def save_adapter_folder(
 ) -> None:
     """Write an adapter in peft's own layout (loads with ``PeftModel.from_pretrained``), as ``plain_lora`` gives it."""
     state, config = plain_lora(state, config)
-    adapted = sorted({int(match[1]) for name in state if (match := _LAYER.search(name))})
+    adapted = sorted({layer for name in state if (layer := layer_of(name)) is not None})
     layers = adapted if config.last_layers is not None else None
     folder.mkdir(parents=True, exist_ok=True)
     wrapped = {f"base_model.model.{name}": tensor for name, tensor in state.items()}

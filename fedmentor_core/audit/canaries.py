@@ -13,6 +13,9 @@ from functools import cached_property
 from typing import Any
 
 from fedmentor_core.data.encode import IGNORED
+from fedmentor_core.data.records import Row
+from fedmentor_core.data.text import post_key
+from fedmentor_core.data.units import NamedRow
 from fedmentor_core.errors import ConfigError
 from fedmentor_core.hashing import canonical_sha256
 from fedmentor_core.study_ref import StudyRef
@@ -43,17 +46,14 @@ class CanarySet:
     def __len__(self) -> int:
         return len(self.posts)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row per canary, with the columns of a domain's split."""
+    def rows(self) -> list[NamedRow]:
+        """One row per canary."""
         return [
-            {
-                "unit_id": canonical_sha256(["canary", post])[:32],  # a unit of no other domain
-                "post": post,
-                "question": QUESTION,
-                "response": response,
-                "label": "",
-                "gold": False,
-            }
+            NamedRow(
+                Row(post=post, question=QUESTION, response=response, label="", gold=False),
+                unit=canonical_sha256(["canary", post])[:32],  # a unit of no other domain
+                post=post_key(post),
+            )
             for post, response in zip(self.posts, self.responses, strict=True)
         ]
 
@@ -120,18 +120,12 @@ class AuditWorkspace(Workspace):
 
     @cached_property
     def _data(self) -> Any:
-        from datasets import Dataset
-
         found = dict(super()._data)
         for name, canaries in self.canaries.items():
             data = found[name]
-            added = canaries.rows()
-            columns = {
-                column: [*data.train[column][:], *(row[column] for row in added)] for column in data.train.column_names
-            }
             found[name] = replace(
                 data,
-                train=Dataset.from_dict(columns, features=data.train.features),
+                rows={**data.rows, "train": [*data.rows["train"], *canaries.rows()]},
                 n_units={**data.n_units, "train": data.n_units["train"] + len(canaries)},
             )
         return found

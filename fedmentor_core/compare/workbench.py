@@ -99,14 +99,10 @@ def pool(sets: Sequence[TrainingSet]) -> TrainingSet:
 
 def pool_data(parts: Sequence[DomainData]) -> DomainData:
     """The domains' rows as one client's; its gate and test sets are never looked at."""
-    from datasets import concatenate_datasets
-
     first = parts[0]
     return DomainData(
         name=POOLED,
-        train=concatenate_datasets([part.train for part in parts]),
-        gate=first.gate,
-        test=first.test,
+        rows={**first.rows, "train": [row for part in parts for row in part.rows["train"]]},
         n_units={split: sum(part.n_units[split] for part in parts) for split in first.n_units},
         fingerprint=canonical_sha256([part.fingerprint for part in parts]),
         repairs=first.repairs,

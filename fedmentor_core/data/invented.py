@@ -37,6 +37,8 @@ _THIRD_PERSON: Final = {
     "paid": "paid", "found": "found", "blame": "blames", "gave": "gave", "forgave": "forgave", "got": "got",
     "never": "never", "cook": "cooks", "look": "looks",
 }  # fmt: skip
+_PERSON: Final = re.compile(r"\{(I \S+?|my|me|myself)\}")
+_SLOT: Final = re.compile(r"<(\w+)>")
 _PAST_OR_MODAL: Final = ("ed", "ught", "ould", "elt", "ept", "ent", "ade", "old", "aw", "ame", "ook", "ost")
 
 
@@ -71,7 +73,7 @@ def speak(template: str, subject: str | None = None) -> str:
             return f"{subject} {_third(verb)}"
         return f"they {'are' if verb == 'am' else 'were' if verb == 'was' else verb}"
 
-    return re.sub(r"\{(I \S+?|my|me|myself)\}", replace, template)
+    return _PERSON.sub(replace, template)
 
 
 def fill(template: str, slots: Slots, rng: random.Random) -> str:
@@ -79,12 +81,12 @@ def fill(template: str, slots: Slots, rng: random.Random) -> str:
     used: set[str] = set()
 
     def replace(match: re.Match[str]) -> str:
-        options = [value for value in slots[match.group(1)] if value not in used]
-        value = rng.choice(options)
+        values = slots[match.group(1)]
+        value = rng.choice([value for value in values if value not in used] if used else values)
         used.add(value)
         return value
 
-    return re.sub(r"<(\w+)>", replace, template)
+    return _SLOT.sub(replace, template)
 
 
 @dataclass(frozen=True)

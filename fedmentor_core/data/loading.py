@@ -3,10 +3,14 @@
 ``load_study_data`` is for one machine that holds all domains; ``load_domain_data`` is for a site that holds
 one and puts a shared post in the same split without talking to anyone (see ``units.py`` for the rule and its
 one limit).
+
+Units, counts and fingerprints follow from the texts alone: nothing is tokenised, and the library ``datasets`` is
+imported when somebody asks for a table, not when a plan counts units.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fedmentor_core.data.corpora import read_corpus
@@ -27,11 +31,11 @@ from fedmentor_core.data.units import (
     NamedRow,
     Split,
     check_disjoint,
+    digest,
     digest_key,
     fingerprint,
     name_rows,
     pick_units,
-    post_digest,
     representatives,
     split_of,
     unit_digest,
@@ -55,28 +59,43 @@ _INVENTED_COLUMNS = ColumnMapping(
 
 @dataclass(frozen=True)
 class DomainData:
-    """One domain's rows in three splits, with columns ``COLUMNS``; ``unit_id`` is a keyed digest."""
+    """One domain's rows in three splits; as tables they have columns ``COLUMNS``, and ``unit_id`` is a keyed digest."""
 
     name: str
-    train: "Dataset"
-    gate: "Dataset"
-    test: "Dataset"
+    rows: Mapping[Split, Sequence[NamedRow]]
     n_units: dict[Split, int]
     fingerprint: str
     """Digest of the set of units of all splits (rule in ``units.py``): what a privacy ledger is kept for."""
     repairs: Repairs
 
+    @cached_property
+    def train(self) -> "Dataset":
+        """The training rows as a table; made when it is first asked for, like the other two."""
+        return _dataset(self.rows["train"])
+
+    @cached_property
+    def gate(self) -> "Dataset":
+        """The gate's rows as a table."""
+        return _dataset(self.rows["gate"])
+
+    @cached_property
+    def test(self) -> "Dataset":
+        """The test rows as a table."""
+        return _dataset(self.rows["test"])
+
     def splits(self) -> dict[Split, "Dataset"]:
-        """The three datasets by name."""
+        """The three tables by name."""
         return {"train": self.train, "gate": self.gate, "test": self.test}
 
     def unit_digests(self, splits: Iterable[Split] = SPLITS) -> frozenset[str]:
         """Keyed digests of the units, to find later whether two datasets share units."""
-        return frozenset(unit for split in splits for unit in self.splits()[split]["unit_id"][:])
+        return frozenset(row.unit for split in splits for row in self.rows[split])
 
     def post_digests(self, key: bytes, splits: Iterable[Split] = SPLITS) -> frozenset[str]:
         """Keyed digests of the posts: finds overlap also where units are named in different ways."""
-        return frozenset(post_digest(key, post) for split in splits for post in self.splits()[split]["post"][:])
+        return frozenset(
+            digest(key, "post", post) for post in {row.post for split in splits for row in self.rows[split]}
+        )
 
 
 def load_study_data(domains: Sequence[DomainSpec], data: DataConfig) -> dict[str, DomainData]:
@@ -187,9 +206,7 @@ def _split(
 def _domain_data(name: str, splits: dict[Split, list[NamedRow]], repairs: Repairs) -> DomainData:
     return DomainData(
         name=name,
-        train=_dataset(splits["train"]),
-        gate=_dataset(splits["gate"]),
-        test=_dataset(splits["test"]),
+        rows=splits,
         n_units={split: len({row.unit for row in rows}) for split, rows in splits.items()},
         fingerprint=fingerprint(row.unit for rows in splits.values() for row in rows),
         repairs=repairs,

@@ -47,7 +47,7 @@ def digest_key(variable: str) -> bytes:
 
 def digest(key: bytes, kind: Literal["unit", "post"], name: str) -> str:
     """Keyed digest of a unit id or a post key: 32 hex digits."""
-    return hmac.new(key, f"{kind}\0{name}".encode(), hashlib.sha256).hexdigest()[:32]
+    return hmac.digest(key, f"{kind}\0{name}".encode(), "sha256").hex()[:32]
 
 
 class NamedRow(NamedTuple):
@@ -68,11 +68,6 @@ def unit_digest(key: bytes, row: Row) -> str:
 def name_rows(key: bytes, rows: Iterable[Row]) -> list[NamedRow]:
     """Work out unit and post of every row, once."""
     return [NamedRow(row, unit_digest(key, row), post_key(row.post)) for row in rows]
-
-
-def post_digest(key: bytes, post: str) -> str:
-    """The digest of a post; equals ``unit_digest`` where the unit is the post."""
-    return digest(key, "post", post_key(post))
 
 
 def fingerprint(unit_digests: Iterable[str]) -> str:

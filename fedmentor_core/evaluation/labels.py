@@ -3,7 +3,11 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 
+_WORD = re.compile(r"\w+(?:['’]\w+)*")
+# An apostrophe belongs to its word: "No's" and "don't" are one word each.
 YES_NO = ("yes", "no")
 """The answer words of the three corpora's instruction form (``Yes, ... Reasoning: ...``)."""
 
@@ -26,14 +30,17 @@ def parse_label(text: str, answers: Sequence[str] = YES_NO) -> str | None:
     Raises:
         ValueError: ``answers`` is empty, or holds an answer without a letter or digit.
     """
-    if not answers or any(not _words(answer) for answer in answers):
+    expected = _longest_first(tuple(answers))
+    words = _words(text, at_most=len(expected[0][0]))
+    return next((answer for opening, answer in expected if words[: len(opening)] == opening), None)
+
+
+@lru_cache(maxsize=64)
+def _longest_first(answers: tuple[str, ...]) -> list[tuple[list[str], str]]:
+    expected = [(_words(answer), answer) for answer in answers]
+    if not expected or not all(words for words, _ in expected):
         raise ValueError(f"answers: need at least one, each with a letter or digit, got {len(answers)} answers")
-    words = _words(text)
-    for answer in sorted(answers, key=lambda a: -len(_words(a))):
-        expected = _words(answer)
-        if words[: len(expected)] == expected:
-            return answer
-    return None
+    return sorted(expected, key=lambda pair: -len(pair[0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +60,13 @@ class AnswerForm:
 
         A text without the opening counts by its first words: a model that answers with the bare label has answered.
         """
-        words, opening = _words(text), _words(self.opening)
-        if opening and words[: len(opening)] == opening:
-            found = parse_label(" ".join(words[len(opening) :]), self.answers)
-            if found is not None:
-                return found
+        opening = _words(self.opening)
+        if opening:
+            words = _words(text)
+            if words[: len(opening)] == opening:
+                found = parse_label(" ".join(words[len(opening) :]), self.answers)
+                if found is not None:
+                    return found
         return parse_label(text, self.answers)
 
 
@@ -101,9 +110,8 @@ def same_words(a: str, b: str) -> bool:
     return _words(a) == _words(b)
 
 
-def _words(text: str) -> list[str]:
-    # An apostrophe belongs to its word: "No's" and "don't" are one word each.
-    return re.findall(r"\w+(?:['’]\w+)*", text.casefold())
+def _words(text: str, at_most: int | None = None) -> list[str]:
+    return [match.group() for match in islice(_WORD.finditer(text.casefold()), at_most)]
 
 
 def _check(gold: Sequence[str], predicted: Sequence[str | None]) -> None:

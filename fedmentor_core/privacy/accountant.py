@@ -2,7 +2,8 @@ r"""Rényi-DP accounting of the Poisson-sampled Gaussian, and calibration of the
 
 One DP-SGD step on Poisson-sampled units is a sampled Gaussian mechanism with (noise_multiplier sigma,
 sample_rate q); neighbouring datasets differ in one privacy unit, added or removed. Its RDP at order alpha is
-Opacus' ``compute_rdp`` (Mironov et al. 2019, arXiv 1908.10530); steps add up; the conversion to epsilon is
+Opacus' ``compute_rdp`` (Mironov et al. 2019, arXiv 1908.10530; ``sampled_gaussian.py``); steps add up; the conversion
+to epsilon is
 Balle et al. 2020 (arXiv 1905.09982):
 
     epsilon = rho - (log(delta) + log(alpha)) / (alpha - 1) + log((alpha - 1) / alpha)
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 from fedmentor_core.errors import BudgetError
+from fedmentor_core.privacy.sampled_gaussian import sampled_gaussian_rdp
 from fedmentor_core.records import PrivacySpend
 
 ORDERS: tuple[float, ...] = (*(1 + x / 10.0 for x in range(1, 100)), *map(float, range(12, 64)))
@@ -38,10 +40,8 @@ def rdp_per_step(noise_multiplier: float, sample_rate: float, order: float) -> f
         return math.inf
     if _LARGE_RATE < sample_rate < 1 and not order.is_integer():
         return _bound_between_orders(noise_multiplier, sample_rate, order)
-    from opacus.accountants.analysis.rdp import compute_rdp
-
     try:
-        value = float(compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=order))
+        value = sampled_gaussian_rdp(noise_multiplier, sample_rate, order)
     except ArithmeticError:  # so little noise that its square is 0
         return math.inf
     return max(0.0, value)  # rounding may leave -1e-16 where there is almost no cost; a charge is never negative
@@ -80,7 +80,22 @@ def epsilon_rdp(history: Sequence[PrivacySpend], delta: float) -> float:
     """Best epsilon over all orders, for a schedule **fixed in advance**."""
     if not any(spend.steps for spend in history):
         return 0.0
-    return min(epsilon_at_order(rdp_of(history, order), order, delta) for order in ORDERS)
+    return _best(lambda order: rdp_of(history, order), delta)[0]
+
+
+def _best(rdp_at: Callable[[float], float], delta: float) -> tuple[float, float]:
+    """The least epsilon over all orders, and the order; of several the smallest one.
+
+    Small orders have long series and a conversion that alone costs more than the best epsilon: RDP is not negative, so
+    they are not computed.
+    """
+    epsilon, best = math.inf, ORDERS[-1]
+    for order in reversed(ORDERS):
+        if conversion_cost(order, delta) <= epsilon:
+            found = epsilon_at_order(rdp_at(order), order, delta)
+            if found <= epsilon:
+                epsilon, best = found, order
+    return epsilon, best
 
 
 def epsilon_prv(history: Sequence[PrivacySpend], delta: float) -> float:
@@ -88,11 +103,9 @@ def epsilon_prv(history: Sequence[PrivacySpend], delta: float) -> float:
     spends = [spend for spend in history if spend.steps]
     if not spends:
         return 0.0
-    from opacus.accountants import PRVAccountant
+    from fedmentor_core.privacy.prv import prv_epsilon
 
-    accountant = PRVAccountant()
-    accountant.history = [(spend.noise_multiplier, spend.sample_rate, spend.steps) for spend in spends]
-    return float(accountant.get_epsilon(delta=delta))
+    return prv_epsilon(spends, delta, ORDERS)
 
 
 def rdp_cap(epsilon: float, delta: float, order: float) -> float:
@@ -107,10 +120,7 @@ def choose_order(epsilon: float, delta: float, sample_rate: float, steps: int) -
     is valid; the noise that decides which is best is calibrated over every fifth one, which is five times as fast.
     """
     noise_multiplier = _calibrate(epsilon, delta, sample_rate, steps)
-    return min(
-        ORDERS,
-        key=lambda order: epsilon_at_order(steps * rdp_per_step(noise_multiplier, sample_rate, order), order, delta),
-    )
+    return _best(lambda order: steps * rdp_per_step(noise_multiplier, sample_rate, order), delta)[1]
 
 
 def calibrate_at_order(rdp_budget: float, order: float, sample_rate: float, steps: int) -> float:
@@ -123,10 +133,12 @@ def calibrate_at_order(rdp_budget: float, order: float, sample_rate: float, step
 
 
 def _calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+    orders = [order for order in reversed(ORDERS[::5]) if conversion_cost(order, delta) <= epsilon]
+
     def fits(sigma: float) -> bool:
         return any(
             epsilon_at_order(steps * rdp_per_step(sigma, sample_rate, order), order, delta) <= epsilon
-            for order in ORDERS[::5]
+            for order in orders
         )
 
     return _bisect(fits, tolerance=1e-3)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from fedmentor_core.config import DomainConfig, StudyConfig
-from fedmentor_core.data.units import fingerprint
+from fedmentor_core.data.units import SPLITS, fingerprint
 from fedmentor_core.errors import BudgetError, ConfigError, DataError
 from fedmentor_core.evaluation.private_metrics import N_SCORES
 from fedmentor_core.privacy.accountant import calibrate_at_order
@@ -145,8 +145,8 @@ def check_disjoint_units(data: Mapping[str, "DomainData"]) -> None:
     seen: dict[str, str] = {}
     clashes = 0
     for name, domain in data.items():
-        for split, table in domain.splits().items():
-            found = {f"unit of {name}\0{unit}" for unit in table["unit_id"][:]}
+        for split in SPLITS:
+            found = {f"unit of {name}\0{unit}" for unit in domain.unit_digests((split,))}
             found |= domain.post_digests(b"", (split,))
             clashes += sum(seen.setdefault(one, split) != split for one in found)
     if clashes:

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmentor_core.data.records import Row
+from fedmentor_core.data.text import post_key
 from fedmentor_core.data.units import (
     NamedRow,
     check_disjoint,
@@ -12,7 +13,6 @@ from fedmentor_core.data.units import (
     digest_key,
     fingerprint,
     pick_units,
-    post_digest,
     representatives,
     split_of,
     unit_digest,
@@ -82,7 +82,8 @@ def test_fingerprint_is_of_the_set(units, random):
 
 
 def test_digests_are_keyed_and_tell_nothing_apart_from_identity(monkeypatch):
-    assert unit_digest(KEY, row()) == post_digest(KEY, "today   was LONG") != post_digest(b"other", "Today was long.")
+    same, other = (digest(key, "post", post_key("today   was LONG")) for key in (KEY, b"other"))
+    assert unit_digest(KEY, row()) == same != other
     assert unit_digest(KEY, row(unit="p1")) == digest(KEY, "unit", "p1") != digest(KEY, "post", "p1")
     assert len(unit_digest(KEY, row())) == 32
     monkeypatch.delenv("SITE_KEY", raising=False)
