@@ -77,6 +77,7 @@ def _checked(domain: str, source: Source, pieces: Iterable[bytes]) -> Tensors:
     for name, tensor in tensors:
         check.see(name, tensor)
         yield name, tensor
+        del tensor  # it keeps its piece in memory
     check.finish()
 
 
@@ -138,17 +139,17 @@ class _Unread:
         self._piece = memoryview(b"")
 
     def take(self, n_bytes: int) -> memoryview:
-        """The next bytes; copied only where they lie in more than one piece."""
+        """The next bytes; copied where the piece at hand has not all of them."""
         if n_bytes <= len(self._piece):
             return self._cut(n_bytes)
-        parts = []
+        parts: list[bytes] = []
         while n_bytes:
             if not self._piece:
                 self._piece = memoryview(b"")  # gives the last piece back before the next one comes
                 self._piece = memoryview(self._next())
                 if not self._piece:
                     raise IntegrityError("an update ends too early: torn or tampered.")
-            parts.append(self._cut(min(n_bytes, len(self._piece))))
+            parts.append(bytes(self._cut(min(n_bytes, len(self._piece)))))
             n_bytes -= len(parts[-1])
         return memoryview(b"".join(parts))
 

@@ -46,6 +46,7 @@ class WeightedMean:
                 add(self._sums[name], tensor, weight)
             else:  # the first update makes the sums: writing zeros first would be one more pass over all of them
                 self._sums[name] = tensor.to(torch.float64, copy=True).mul_(weight)
+            del tensor  # it keeps a piece of its update in memory while the next one is waited for
 
     def result(self) -> dict[str, Any]:
         """The mean, in the global state's dtypes.

@@ -12,6 +12,7 @@ import torch
 
 from fedmentor_core import private_gate, rounds
 from fedmentor_core.config_io import validate_config
+from fedmentor_core.data.loading import DomainData
 from fedmentor_core.errors import BudgetError, ConfigError, DataError, IntegrityError, LedgerError
 from fedmentor_core.evaluation.evaluate import metrics_of_rows
 from fedmentor_core.evaluation.scores import RowScores
@@ -154,13 +155,19 @@ def test_set_is_cut_to_whole_units(private_study: dict, tmp_path: Path) -> None:
         assert len(data.rows) == sum(unit in units for unit in table["unit_id"][:])
 
 
+def with_rows(data: DomainData, **splits: Any) -> DomainData:
+    """The same domain with other rows in some splits."""
+    return dataclasses.replace(data, rows={**data.rows, **splits})
+
+
 def test_units_of_two_splits_are_refused(workspace: Workspace) -> None:
     check_disjoint_units(workspace.data)
     one = workspace.data["one"]
     with pytest.raises(DataError, match="two of train, gate and test"):
-        check_disjoint_units({"one": dataclasses.replace(one, gate=one.train)})
+        check_disjoint_units({"one": with_rows(one, gate=one.rows["train"])})
+    swapped = with_rows(one, train=one.rows["gate"], gate=one.rows["train"])
     with pytest.raises(DataError, match="two of train, gate and test"):  # another domain's training posts
-        check_disjoint_units({**workspace.data, "three": dataclasses.replace(one, train=one.gate, gate=one.train)})
+        check_disjoint_units({**workspace.data, "three": swapped})
 
 
 # --- a release -------------------------------------------------------------------------------------------------
@@ -310,10 +317,9 @@ def test_changed_units_and_broken_ledgers_stop_before_a_charge(
     (adapter,) = adapters(workspace, 1)
     one = workspace.data["one"]
     assert workspace.plan  # made before the change
-    first = one.gate["unit_id"][0]
-    others = [index for index, unit in enumerate(one.gate["unit_id"][:]) if unit != first]
+    others = [row for row in one.rows["gate"] if row.unit != one.rows["gate"][0].unit]
     with monkeypatch.context() as patch:
-        patch.setitem(workspace.data, "one", dataclasses.replace(one, gate=one.gate.select(others)))
+        patch.setitem(workspace.data, "one", with_rows(one, gate=others))
         with pytest.raises(DataError, match="changed since this study was planned"):
             rounds.evaluate(workspace, adapter, "one", "gate")
     assert kinds(workspace) == []

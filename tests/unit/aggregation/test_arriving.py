@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fedmentor_core.aggregation.arriving as module
 from fedmentor_core.adapters.lora import state_from_bytes, state_to_bytes
 from fedmentor_core.aggregation.ahead import read_ahead
 from fedmentor_core.aggregation.arriving import Source, arriving, tensors_in
@@ -66,6 +68,28 @@ def test_a_tensor_that_lies_in_one_piece_is_not_copied():
     whole = dict(tensors_in([data], state(0)))
     assert all(start < tensor.data_ptr() < start + len(data) for tensor in whole.values() if tensor.numel())
     assert all(torch.equal(whole[name], tensor) for name, tensor in state(1).items())
+
+
+@pytest.mark.parametrize("size", [50, 200, 600])
+def test_a_piece_is_given_back_before_the_next_one_is_asked_for(size, monkeypatch):
+    monkeypatch.setattr(module, "read_ahead", lambda items, limit: nullcontext(iter(items)))  # no thread: exact counts
+    alive = 0
+
+    class Piece(bytes):
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    def pieces():
+        nonlocal alive
+        for piece in in_pieces(state_to_bytes(state(1)), size):
+            assert alive == 0
+            alive += 1
+            yield Piece(piece)
+
+    client = Source(0.5, state(0), 1e3, pieces)
+    joined(one=client, two=client)
+    assert alive == 0
 
 
 def test_the_mean_leaves_the_updates_as_they_were():
