@@ -113,7 +113,7 @@ class _Budgets:
         for epsilon in self.finite:
             x = self(epsilon)
             parts.append(f'<path class="grid" d="M{num(x)} {num(HEIGHT - BOTTOM)}v4"/>')
-            if x - last >= 30.0:
+            if x - last >= 22.0:
                 parts.append(f'<text class="xtick" x="{num(x)}" y="{num(foot)}">{show_epsilon(epsilon)}</text>')
                 last = x
         if self.infinite:
@@ -131,7 +131,8 @@ def _chart(points: Sequence[FrontierPoint], info: words.MetricInfo, arms: Arms) 
         return ""
     ends = [end for _, one in estimates for end in (one.mean, *(one.ci95 or ())) if isfinite(end)]
     middle, half = (min(ends) + max(ends)) / 2, max(max(ends) - min(ends), _LEAST_SPAN) / 2
-    grid = ticks(middle - half, middle + half)
+    above = max(0.0, middle + half - max(1.0, *ends))  # no metric here exceeds 1, so the axis does not either
+    grid = ticks(middle - half - above, middle + half - above)
     scale, place = Scale(grid[0], grid[-1]), _Budgets(points)
     names = [name for name in arms.names if any(point.arm == name for point, _ in estimates)]
     told = "; ".join(f"{p.arm} at ε {show_epsilon(p.epsilon)}: {_estimate(e, info)}" for p, e in estimates)

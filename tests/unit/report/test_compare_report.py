@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from invented_comparison import ARMS, DOMAINS, cell, comparison
 from invented_summary import check
 
-from fedmentor_core.compare.records import ComparisonTable, FailedCell
+from fedmentor_core.compare.records import ComparisonTable, Estimate, FailedCell
 from fedmentor_core.compare.table import build_table
-from fedmentor_core.report.compare import render_comparison
+from fedmentor_core.report.compare import frontier, render_comparison
 from fedmentor_core.report.compare.arms import Arms, by_arm
 from fedmentor_core.report.compare.bars import ArmBar, arm_bars
 from fedmentor_core.report.compare.claims import above_zero, all_of, claims, not_below
@@ -301,3 +301,14 @@ def test_values_that_are_no_numbers_are_not_drawn():
     assert chart.count('class="bar"') == 2
     assert chart.count("whisker") == 1
     assert arm_bars(bars[:1], alt="Scores.", show=str) == ""
+
+
+def test_the_frontiers_axis_ends_where_the_metric_does_and_names_neighbouring_budgets():
+    table, cells = comparison(budgets=(0.5, 1.0, 2.0, 4.0, 6.0, 8.0))
+    safe = Estimate(mean=1.0, ci95=None, n=1)
+    points = [p.model_copy(update={"metrics": {**p.metrics, "safe_rate": safe}}) for p in table.frontier]
+    changed = table.model_copy(update={"frontier": tuple(points)})
+    found = next(one for one in frontier.figures(changed, Arms.of(table, cells)) if one.title == "Safe outputs")
+    assert ">100.0 %<" in found.svg
+    assert ">100.5 %<" not in found.svg
+    assert all(f">{budget}<" in found.svg for budget in ("0.5", "1", "2", "4", "6", "8"))
