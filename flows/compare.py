@@ -17,6 +17,7 @@ from fedmentor_core.compare.timing import estimate_time, refuse_too_long
 from fedmentor_core.config import StudyConfig
 from fedmentor_core.discretion import discreet
 from fedmentor_core.errors import FedMentorError
+from flows.compare_progress import GridProgress
 from flows.environment import tracking_uri_of
 from tasks.comparison import run_cell, table_artifact
 from tasks.comparison_tracking import log_comparison
@@ -44,7 +45,7 @@ def comparison(
     if settings.max_minutes is not None:
         refuse_too_long(made, estimate_time(made))
     file = made.claim()
-    failures = _run_cells(made)
+    failures = _run_cells(made, file.comparison_id)
     table = finish(made, failures, command="deployment compare")
     table_artifact(file.comparison_id, table)
     if config.tracking.enabled:
@@ -58,7 +59,7 @@ def comparison(
     return table
 
 
-def _run_cells(made: Comparison) -> list[FailedCell]:
+def _run_cells(made: Comparison, comparison_id: str) -> list[FailedCell]:
     """Map the cells; those that fail are facts about the table."""
     runner: Any = ThreadPoolTaskRunner(max_workers=made.settings.max_parallel_cells)
 
@@ -73,12 +74,14 @@ def _run_cells(made: Comparison) -> list[FailedCell]:
             unmapped(made.config), unmapped(made.settings), unmapped(str(made.out)), list(made.cells)
         )
         failures: list[FailedCell] = []
+        progress = GridProgress(made, comparison_id)
         for cell, future in zip(made.cells, futures, strict=True):
             result = future.result(raise_on_failure=False)
             if isinstance(result, InterruptedByUserError):
                 raise result
             if isinstance(result, BaseException):
                 failures.append(failed(cell, result))
+            progress.ended(cell, failed=isinstance(result, BaseException))
         return failures
 
     if any(made.result(cell) is None for cell in made.cells):

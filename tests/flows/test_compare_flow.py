@@ -45,6 +45,20 @@ def task_runs() -> list[str]:
     return asyncio.run(read())
 
 
+def progress_and_lines() -> tuple[list[float], list[str]]:
+    """What the progress artifacts show at the end, oldest first, and the log lines about cells."""
+    from prefect.client.orchestration import get_client
+
+    async def read() -> tuple[list[float], list[str]]:
+        async with get_client() as client:
+            found = [one for one in await client.read_artifacts() if one.type == "progress"]
+            logs = await client.read_logs(limit=200)
+        ordered = sorted(found, key=lambda one: one.created)
+        return [float(one.data) for one in ordered], [one.message for one in logs if one.message.startswith("cell ")]
+
+    return asyncio.run(read())
+
+
 @pytest.mark.slow
 def test_cells_are_mapped_tasks_and_mlflow_has_one_run(study, tmp_path: Path, monkeypatch) -> None:
     from flows.compare import comparison
@@ -68,6 +82,11 @@ def test_cells_are_mapped_tasks_and_mlflow_has_one_run(study, tmp_path: Path, mo
     assert json.loads((out / "table.json").read_text(encoding="utf-8")) == json.loads(table.model_dump_json())
     cells = sorted(f"{arm}, seed {seed}" for arm in SETTINGS.arms for seed in (3, 4))
     assert sorted(task_runs()) == sorted(cells * 2), "six cells, two starts"
+    shown, lines = progress_and_lines()
+    assert shown == [100.0, 100.0], "untrained cells have no steps; the second start had only those to do"
+    assert sum("failed" in line for line in lines) == 2
+    assert sum(" done" in line for line in lines) == 4 + 2
+    assert "left in all" in " ".join(lines)
 
     client = mlflow_client(uri)
     experiment = client.get_experiment_by_name("fedmentor")
