@@ -90,8 +90,8 @@ def summed_loss(cells: Sequence[CellResult]) -> str:
                 epsilon[client.domain] = epsilon.get(client.domain, 0.0) + cell.epsilon_spent[client.domain]
                 delta[client.domain] = delta.get(client.domain, 0.0) + (client.delta or 0.0)
     spent = ", ".join(f"{name} epsilon {epsilon[name]:.4g} at delta {delta[name]:.2g}" for name in epsilon)
-    cells = "1 private cell" if len(private) == 1 else f"{len(private)} private cells"
-    lost = f" Over its {cells} the accounts would have lost in sum: {spent}." if spent else ""
+    counted = "1 private cell" if len(private) == 1 else f"{len(private)} private cells"
+    lost = f" Over its {counted} the accounts would have lost in sum: {spent}." if spent else ""
     return (
         "For public or invented data only: arms without privacy promise nothing, and the promises of private cells "
         f"on the same data add up.{lost}"
