@@ -58,7 +58,6 @@ def orchestration_share(scale: Scale) -> Plan:
         taken = samples["through Prefect"]
         return [
             Finding("share of orchestration, by the clock", median_of(taken, "share_by_clock"), at_most=SHARE_OF_ROUND),
-            Finding("share of orchestration, processor time", median_of(taken, "share_by_cpu"), at_most=SHARE_OF_ROUND),
         ]
 
     return Plan(
@@ -185,9 +184,7 @@ def mapped_study(changes: list[str]) -> Turn:
             figures={
                 "tree_cpu_seconds": tree.cpu_seconds,
                 "step_seconds": steps.seconds,
-                "step_cpu_seconds": steps.cpu_seconds,
                 "share_by_clock": 1 - steps.seconds / seconds,
-                "share_by_cpu": 1 - steps.cpu_seconds / tree.cpu_seconds,
             },
         )
 
@@ -197,17 +194,18 @@ def mapped_study(changes: list[str]) -> Turn:
 
 
 class StepTimes:
-    """How long the steps of a study ran: by the clock, overlaps counted once, and in processor time of their threads."""
+    """How long the steps of a study ran by the clock, overlaps counted once.
+
+    Their processor time would miss torch's other threads, which no step owns.
+    """
 
     def __init__(self) -> None:
         """Nothing is watched yet."""
         self._spans: list[tuple[float, float]] = []
-        self.cpu_seconds = 0.0
 
     def forget(self) -> None:
         """Begin anew."""
         self._spans.clear()
-        self.cpu_seconds = 0.0
 
     def watch(self, module: str, name: str) -> None:
         """Take the time of a function as ``module`` calls it."""
@@ -218,12 +216,11 @@ class StepTimes:
         whole = getattr(place, last)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            started, computed = time.perf_counter(), time.thread_time()
+            started = time.perf_counter()
             try:
                 return whole(*args, **kwargs)
             finally:
                 self._spans.append((started, time.perf_counter()))
-                self.cpu_seconds += time.thread_time() - computed
 
         setattr(place, last, timed)
 
