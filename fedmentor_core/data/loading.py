@@ -9,7 +9,7 @@ imported when somebody asks for a table, not when a plan counts units.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ class DomainData:
     """One domain's rows in three splits; as tables they have columns ``COLUMNS``, and ``unit_id`` is a keyed digest."""
 
     name: str
-    rows: Mapping[Split, Sequence[NamedRow]]
+    rows: Mapping[Split, Sequence[NamedRow]] = field(repr=False)  # texts have no place in a message or a log
     n_units: dict[Split, int]
     fingerprint: str
     """Digest of the set of units of all splits (rule in ``units.py``): what a privacy ledger is kept for."""

@@ -2,8 +2,7 @@ r"""Rényi-DP accounting of the Poisson-sampled Gaussian, and calibration of the
 
 One DP-SGD step on Poisson-sampled units is a sampled Gaussian mechanism with (noise_multiplier sigma,
 sample_rate q); neighbouring datasets differ in one privacy unit, added or removed. Its RDP at order alpha is
-Opacus' ``compute_rdp`` (Mironov et al. 2019, arXiv 1908.10530; ``sampled_gaussian.py``); steps add up; the conversion
-to epsilon is
+Opacus' ``compute_rdp`` (Mironov et al. 2019, arXiv 1908.10530); steps add up; the conversion to epsilon is
 Balle et al. 2020 (arXiv 1905.09982):
 
     epsilon = rho - (log(delta) + log(alpha)) / (alpha - 1) + log((alpha - 1) / alpha)
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 from fedmentor_core.errors import BudgetError
-from fedmentor_core.privacy.sampled_gaussian import sampled_gaussian_rdp
 from fedmentor_core.records import PrivacySpend
 
 ORDERS: tuple[float, ...] = (*(1 + x / 10.0 for x in range(1, 100)), *map(float, range(12, 64)))
@@ -40,8 +38,10 @@ def rdp_per_step(noise_multiplier: float, sample_rate: float, order: float) -> f
         return math.inf
     if _LARGE_RATE < sample_rate < 1 and not order.is_integer():
         return _bound_between_orders(noise_multiplier, sample_rate, order)
+    from opacus.accountants.analysis.rdp import compute_rdp
+
     try:
-        value = sampled_gaussian_rdp(noise_multiplier, sample_rate, order)
+        value = float(compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=order))
     except ArithmeticError:  # so little noise that its square is 0
         return math.inf
     return max(0.0, value)  # rounding may leave -1e-16 where there is almost no cost; a charge is never negative
@@ -103,9 +103,11 @@ def epsilon_prv(history: Sequence[PrivacySpend], delta: float) -> float:
     spends = [spend for spend in history if spend.steps]
     if not spends:
         return 0.0
-    from fedmentor_core.privacy.prv import prv_epsilon
+    from opacus.accountants import PRVAccountant
 
-    return prv_epsilon(spends, delta, ORDERS)
+    accountant = PRVAccountant()
+    accountant.history = [(spend.noise_multiplier, spend.sample_rate, spend.steps) for spend in spends]
+    return float(accountant.get_epsilon(delta=delta))
 
 
 def rdp_cap(epsilon: float, delta: float, order: float) -> float:

@@ -210,3 +210,17 @@ def test_budget_that_carries_nothing_is_refused_with_advice() -> None:
     for budget in (0.0, -1.0):
         with pytest.raises(BudgetError, match="Raise epsilon, or lower rounds"):
             calibrate_at_order(budget, 4.0, 0.1, 10)
+
+
+@pytest.mark.parametrize("steps", [1, 40, 4_000])
+@pytest.mark.parametrize("delta", [1e-3, 1e-5, 1e-9])
+def test_orders_that_cannot_be_best_are_rightly_left_out(steps: int, delta: float) -> None:
+    """Against every order, with the conversion of Balle et al. 2020 written out once more."""
+    spend = PrivacySpend(noise_multiplier=0.8, sample_rate=0.03, steps=steps)
+    by_order = [
+        steps * rdp_per_step(0.8, 0.03, order)
+        + math.log1p(-1 / order)
+        - (math.log(delta) + math.log(order)) / (order - 1)
+        for order in ORDERS
+    ]
+    assert epsilon_rdp([spend], delta) == pytest.approx(max(0.0, min(by_order)), rel=1e-12)

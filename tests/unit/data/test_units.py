@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmentor_core.data.records import Row
+from fedmentor_core.data.loading import DomainData
+from fedmentor_core.data.records import Repairs, Row
 from fedmentor_core.data.text import post_key
 from fedmentor_core.data.units import (
     NamedRow,
@@ -105,3 +106,9 @@ def test_a_post_in_two_splits_is_refused_without_quoting_it():
     with pytest.raises(DataError, match="1 posts in train of a and in test of b") as caught:
         check_disjoint({"a": {"train": [secret]}, "b": {"test": [secret]}})
     assert "nobody" not in str(caught.value).lower()
+
+
+def test_what_a_domain_shows_of_itself_holds_no_text():
+    secret = NamedRow(row("Nobody may read this."), "u", "nobodymayreadthis")
+    domain = DomainData("one", {"train": [secret]}, {"train": 1}, "f", Repairs())
+    assert "nobody" not in repr(domain).lower()
