@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,24 +47,33 @@ def task_runs() -> list[str]:
     return asyncio.run(read())
 
 
-def progress_and_lines() -> tuple[list[float], list[str]]:
-    """What the progress artifacts show at the end, oldest first, and the log lines about cells."""
+def progress_and_lines(expected_lines: int) -> tuple[list[float], list[str]]:
+    """What the progress artifacts show at the end, oldest first, and the log lines about cells.
+
+    Prefect sends its log in batches, after the fact: as long as fewer lines are there, they are waited for.
+    """
     from prefect.client.orchestration import get_client
 
     async def read() -> tuple[list[float], list[str]]:
         async with get_client() as client:
             found = [one for one in await client.read_artifacts() if one.type == "progress"]
-            logs = await client.read_logs(limit=200)
+            deadline = time.monotonic() + 60
+            while True:
+                logs = [one for one in await client.read_logs(limit=200) if one.message.startswith("cell ")]
+                if len(logs) >= expected_lines or time.monotonic() > deadline:
+                    break
+                await asyncio.sleep(0.5)
         ordered = sorted(found, key=lambda one: one.created)
-        return [float(one.data) for one in ordered], [one.message for one in logs if one.message.startswith("cell ")]
+        return [float(one.data) for one in ordered], [one.message for one in logs]
 
     return asyncio.run(read())
 
 
 @pytest.mark.slow
-def test_cells_are_mapped_tasks_and_mlflow_has_one_run(study, tmp_path: Path, monkeypatch) -> None:
+def test_cells_are_mapped_tasks_and_mlflow_has_one_run(study, tmp_path: Path, monkeypatch, caplog) -> None:
     from flows.compare import comparison
 
+    caplog.set_level(logging.INFO, logger="prefect.flow_runs")  # a command that ran in this process silenced it
     out = tmp_path / "out"
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     config = validate_config({**study, "tracking": {"uri": uri}})
@@ -82,7 +93,7 @@ def test_cells_are_mapped_tasks_and_mlflow_has_one_run(study, tmp_path: Path, mo
     assert json.loads((out / "table.json").read_text(encoding="utf-8")) == json.loads(table.model_dump_json())
     cells = sorted(f"{arm}, seed {seed}" for arm in SETTINGS.arms for seed in (3, 4))
     assert sorted(task_runs()) == sorted(cells * 2), "six cells, two starts"
-    shown, lines = progress_and_lines()
+    shown, lines = progress_and_lines(expected_lines=2 + 4 + 2)
     assert shown == [100.0, 100.0], "untrained cells have no steps; the second start had only those to do"
     assert sum("failed" in line for line in lines) == 2
     assert sum(" done" in line for line in lines) == 4 + 2
