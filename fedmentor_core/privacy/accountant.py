@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 from fedmentor_core.errors import BudgetError
+from fedmentor_core.privacy.opacus_accountants import prv_accountant, rdp_analysis
 from fedmentor_core.records import PrivacySpend
 
 ORDERS: tuple[float, ...] = (*(1 + x / 10.0 for x in range(1, 100)), *map(float, range(12, 64)))
@@ -38,13 +39,15 @@ def rdp_per_step(noise_multiplier: float, sample_rate: float, order: float) -> f
         return math.inf
     if _LARGE_RATE < sample_rate < 1 and not order.is_integer():
         return _bound_between_orders(noise_multiplier, sample_rate, order)
-    from opacus.accountants.analysis.rdp import compute_rdp
-
     try:
-        value = float(compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=order))
+        value = float(
+            rdp_analysis().compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=order)
+        )
     except ArithmeticError:  # so little noise that its square is 0
         return math.inf
-    return max(0.0, value)  # rounding may leave -1e-16 where there is almost no cost; a charge is never negative
+    return max(
+        0.0, float(one_step)
+    )  # rounding may leave -1e-16 where there is almost no cost; a charge is never negative
 
 
 def _bound_between_orders(noise_multiplier: float, sample_rate: float, order: float) -> float:
@@ -103,9 +106,7 @@ def epsilon_prv(history: Sequence[PrivacySpend], delta: float) -> float:
     spends = [spend for spend in history if spend.steps]
     if not spends:
         return 0.0
-    from opacus.accountants import PRVAccountant
-
-    accountant = PRVAccountant()
+    accountant = prv_accountant()()
     accountant.history = [(spend.noise_multiplier, spend.sample_rate, spend.steps) for spend in spends]
     return float(accountant.get_epsilon(delta=delta))
 

@@ -23,7 +23,7 @@ print("\\n" + json.dumps([code, loaded]))
 """
 
 
-ACCOUNTANT = {"numpy", "opacus", "scipy", "torch"}  # what a plan calculates with: Opacus' accountant imports torch
+ACCOUNTANT = {"numpy", "scipy"}  # what Opacus' accountants calculate with
 SMALL = [f"domains.{name}.source.n_units=400" for name in ("peer-support", "student-counselling", "crisis-line")]
 
 
