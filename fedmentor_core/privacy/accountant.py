@@ -39,15 +39,12 @@ def rdp_per_step(noise_multiplier: float, sample_rate: float, order: float) -> f
         return math.inf
     if _LARGE_RATE < sample_rate < 1 and not order.is_integer():
         return _bound_between_orders(noise_multiplier, sample_rate, order)
+    compute_rdp = rdp_analysis().compute_rdp
     try:
-        value = float(
-            rdp_analysis().compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=order)
-        )
+        value = float(compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=order))
     except ArithmeticError:  # so little noise that its square is 0
         return math.inf
-    return max(
-        0.0, float(one_step)
-    )  # rounding may leave -1e-16 where there is almost no cost; a charge is never negative
+    return max(0.0, value)  # rounding may leave -1e-16 where there is almost no cost; a charge is never negative
 
 
 def _bound_between_orders(noise_multiplier: float, sample_rate: float, order: float) -> float:
