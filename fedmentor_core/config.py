@@ -565,6 +565,11 @@ class ExecutionConfig(Section):
         description="Lock files of GPUs and slots, the same folder for everybody on a machine; default: the folder "
         "'fedmentor-slots' for temporary files.",
     )
+    overlap_rounds: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Train the next round while this one is evaluated, where adaptation.rule watches no utility and "
+        "the gate set is public. 'auto': where both have machines or GPUs to run on; 'on': always where allowed.",
+    )
     gpu_limit: str | None = Field(
         default=None,
         min_length=1,

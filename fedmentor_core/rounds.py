@@ -93,6 +93,36 @@ def assignments_for(workspace: Workspace, state: RoundState) -> list[ClientAssig
     ]
 
 
+def assignments_ahead(
+    workspace: Workspace, state: RoundState, adapter: ArtifactRef, updates: Sequence[ClientUpdate]
+) -> list[ClientAssignment]:
+    """What the next round will ask of each client, where this round's evaluation has no say in it; else nothing.
+
+    It has none where the rule watches no utility and the gate set is public, so that measuring charges no account. The
+    next round can then train while this one is evaluated. Its updates are charged, stored and found again as ever, so
+    a death in between costs nothing.
+
+    Args:
+        workspace: of the study.
+        state: where the study stood before the round.
+        adapter: that the round made.
+        updates: of the round.
+    """
+    config = workspace.config
+    upcoming = state.round_index + 1
+    trained = any(update.status == "trained" for update in updates)
+    if upcoming >= config.rounds or not trained or config.evaluation.gate_data == "private":
+        return []
+    noise = dict(state.noise)
+    if any(one is not None for one in noise.values()):
+        if config.adaptation.watches_utility:
+            return []
+        for plan in workspace.plan.domains:
+            decided = _decide(workspace, plan, state, updates, utility=0.0, threshold=0.0, rounds_below=0)
+            noise[plan.domain] = decided[0].noise_after if decided is not None else noise[plan.domain]
+    return assignments_for(workspace, RoundState(upcoming, adapter, noise, state.rounds_below))
+
+
 def aggregate(
     workspace: Workspace, base: ArtifactRef, updates: Sequence[ClientUpdate]
 ) -> tuple[ArtifactRef, list[ClientUpdate]]:
@@ -320,18 +350,8 @@ def adapt(
         utility = float(getattr(metrics.by_domain[plan.domain], config.adaptation.metric))
         threshold = threshold_for(config.adaptation, plan.domain, comparisons)
         below[plan.domain] = count_below(below[plan.domain], utility, threshold)
-        current = noise[plan.domain]
-        if current is None:
-            continue
-        decided = decide(
-            config,
-            plan,
-            noise_multiplier=current,
-            spent_rdp=_spent_rdp(workspace, plan, state.round_index, updates),
-            rounds_left=config.rounds - state.round_index - 1,
-            utility=utility,
-            threshold=threshold,
-            rounds_below=below[plan.domain],
+        decided = _decide(
+            workspace, plan, state, updates, utility=utility, threshold=threshold, rounds_below=below[plan.domain]
         )
         if decided is not None:
             decision, below[plan.domain] = decided
@@ -340,10 +360,37 @@ def adapt(
     return decisions, noise, below
 
 
+def _decide(
+    workspace: Workspace,
+    plan: DomainPlan,
+    state: RoundState,
+    updates: Sequence[ClientUpdate],
+    *,
+    utility: float,
+    threshold: float,
+    rounds_below: int,
+) -> tuple[NoiseDecision, int] | None:
+    """See ``adaptation.decide``; None for a domain without noise."""
+    current = state.noise[plan.domain]
+    if current is None:
+        return None
+    return decide(
+        workspace.config,
+        plan,
+        noise_multiplier=current,
+        spent_rdp=_spent_rdp(workspace, plan, state.round_index, updates),
+        rounds_left=workspace.config.rounds - state.round_index - 1,
+        utility=utility,
+        threshold=threshold,
+        rounds_below=rounds_below,
+    )
+
+
 def _spent_rdp(workspace: Workspace, plan: DomainPlan, round_index: int, updates: Sequence[ClientUpdate]) -> float:
     """What a domain's account has spent: its ledger says it here, and what its site told where that is elsewhere."""
     if workspace.config.domain(plan.domain).site is None:
-        return plan.spent_rdp_before + workspace.ledger(plan.domain).spent_rdp_by(workspace.ref.run_id)
+        ledger = workspace.ledger(plan.domain)  # where the next round may have been charged already
+        return plan.spent_rdp_before + ledger.spent_rdp_by(workspace.ref.run_id, through_round=round_index)
     from fedmentor_core.site.spending import most_spent_rdp
 
     return most_spent_rdp(workspace, plan, client_history(workspace, plan.domain, round_index, updates))

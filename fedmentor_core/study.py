@@ -65,8 +65,11 @@ class Engine(Protocol):
         """Join the updates into the next global adapter."""
         ...
 
-    def evaluate(self, adapter: ArtifactRef, split: SetName) -> Evaluations:
-        """Evaluate on every domain; a site that does not answer is reported, not raised."""
+    def evaluate(self, adapter: ArtifactRef, split: SetName, meanwhile: Sequence[ClientAssignment] = ()) -> Evaluations:
+        """Evaluate on every domain; a site that does not answer is reported, not raised.
+
+        The clients of ``meanwhile`` may train at the same time; a later ``train`` of the same then has their updates.
+        """
         ...
 
     def safety(self, adapter: ArtifactRef) -> SafetyEvaluation | None:
@@ -120,8 +123,8 @@ class InProcess:
         """See ``rounds.aggregate``."""
         return rounds.aggregate(self.workspace, base, updates)
 
-    def evaluate(self, adapter: ArtifactRef, split: SetName) -> Evaluations:
-        """One domain after another."""
+    def evaluate(self, adapter: ArtifactRef, split: SetName, meanwhile: Sequence[ClientAssignment] = ()) -> Evaluations:
+        """One domain after another, and nothing meanwhile."""
         return [
             evaluate_one(self.workspace, adapter, d.name, split, self.listen, self.deliver)
             for d in self.workspace.config.domains
@@ -268,7 +271,8 @@ def _run_round(
     listen(ProgressEvent("aggregate", "aggregating", round_index=index, n_rounds=total))
     adapter, judged = engine.aggregate(state.adapter, updates)
     listen(ProgressEvent("evaluate", "evaluating the candidate", round_index=index, n_rounds=total))
-    evaluations = engine.evaluate(adapter, "gate")
+    ahead = rounds.assignments_ahead(workspace, state, adapter, judged)
+    evaluations = engine.evaluate(adapter, "gate", ahead)
     prompts = workspace.config.evaluation.safety_prompts
     safety = engine.safety(adapter) if prompts is not None and prompts.every_round else None
     judgeable = answered(evaluations)

@@ -36,7 +36,7 @@ from fedmentor_core.study_ref import StudyRef, open_study
 from fedmentor_core.workspace import Workspace, workspace_of
 from flows.environment import default_store, tracking_uri_of
 from flows.finishing import NOT_REGISTERED, finish, start_tracking
-from flows.task_runners import machines, mapped_to_machines, same_for_all, thread_runner
+from flows.task_runners import machines, mapped_to_machines, overlaps, same_for_all, thread_runner
 from tasks import reporting
 from tasks.aggregation import aggregate
 from tasks.auditing import audit_is_due, audit_study, objections
@@ -62,13 +62,14 @@ class PrefectEngine:
         self.progress_id = progress_id
         self.warnings: tuple[str, ...] = ()
         self._behind = False
+        self._ahead: tuple[tuple[ClientAssignment, ...], Sequence[Any]] = ((), ())
         if tracker is not None:
             self._tell_of_tracking()
 
     def in_round(self, round_index: int, body: Callable[[], RoundManifest]) -> RoundManifest:
         """A round is a sub-flow, so that it shows as one in the UI."""
         waiting = len(self.workspace.domains_at_sites)  # threads that wait for a site train nothing here
-        runner = thread_runner(self.ref.config.execution, waiting=waiting)
+        runner = thread_runner(self.ref.config.execution, waiting=2 * waiting if overlaps(self.workspace) else waiting)
 
         @flow(
             name="round",
@@ -101,11 +102,15 @@ class PrefectEngine:
         return found
 
     def train(self, assignments: Sequence[ClientAssignment]) -> list[ClientUpdate]:
-        """``train_client.map`` over the clients; one that fails for good is a fact about the round."""
-        retrying = train_client.with_options(retries=self.ref.config.execution.client_retries)
-        with mapped_to_machines(self.ref.config.execution):
-            futures = retrying.map(self._ref_for_all, list(assignments))
-            results = [future.result(raise_on_failure=False) for future in futures]
+        """``train_client.map`` over the clients; one that fails for good is a fact about the round.
+
+        Those that trained while the round before was evaluated are done.
+        """
+        asked, results = self._ahead
+        self._ahead = ((), ())
+        if asked != tuple(assignments):
+            with mapped_to_machines(self.ref.config.execution):
+                results = _results(self._map_clients(assignments))
         updates = []
         for result, assignment in zip(results, assignments, strict=True):
             if isinstance(result, LedgerError | InterruptedByUserError):
@@ -115,16 +120,28 @@ class PrefectEngine:
             updates.append(result)
         return updates
 
+    def _map_clients(self, assignments: Sequence[ClientAssignment]) -> Any:
+        retrying = train_client.with_options(retries=self.ref.config.execution.client_retries)
+        return retrying.map(self._ref_for_all, list(assignments))
+
     def aggregate(self, base: ArtifactRef, updates: Sequence[ClientUpdate]) -> tuple[ArtifactRef, list[ClientUpdate]]:
         """The server's aggregation task."""
         return aggregate(self.ref, base, list(updates))
 
-    def evaluate(self, adapter: ArtifactRef, split: SetName) -> Evaluations:
-        """``evaluate_domain.map`` over the domains."""
+    def evaluate(self, adapter: ArtifactRef, split: SetName, meanwhile: Sequence[ClientAssignment] = ()) -> Evaluations:
+        """``evaluate_domain.map`` over the domains, and beside it the next round's clients where that saves time."""
+        execution = self.ref.config.execution
         names = [domain.name for domain in self.ref.config.domains]
-        with mapped_to_machines(self.ref.config.execution):
+        ahead = tuple(meanwhile) if overlaps(self.workspace) else ()
+        with mapped_to_machines(execution):
             futures = evaluate_domain.map(self._ref_for_all, unmapped(adapter), names, unmapped(split))
-            return [future.result() for future in futures]
+            clients = self._map_clients(ahead) if ahead else ()
+            evaluations = _results(futures)
+            self._ahead = (ahead, _results(clients))
+        for one in evaluations:
+            if isinstance(one, BaseException):
+                raise one
+        return evaluations
 
     def safety(self, adapter: ArtifactRef) -> SafetyEvaluation | None:
         """The safety prompts' task; no task where none are configured."""
@@ -187,6 +204,11 @@ class PrefectEngine:
     def _registration_waits(self, reason: str) -> None:
         """No model yet: 'fedmentor track', or the next start, registers it."""
         self.warnings = (*self.warnings, f"{NOT_REGISTERED} ({reason.rstrip('.')}). 'fedmentor track --out DIR' does.")
+
+
+def _results(futures: Any) -> Sequence[Any]:
+    """What the tasks gave, or the exceptions that they failed with."""
+    return [future.result(raise_on_failure=False) for future in futures]
 
 
 @flow(

@@ -25,6 +25,8 @@ from prefect.utilities.annotations import quote
 
 from fedmentor_core.config import ExecutionConfig
 from fedmentor_core.errors import ConfigError
+from fedmentor_core.slots import visible_gpus
+from fedmentor_core.workspace import Workspace
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _OBJECT_STORE_BYTES = 100 * 2**20  # what crosses is kilobytes; Ray would take a third of the memory
@@ -38,6 +40,16 @@ def thread_runner(execution: ExecutionConfig, *, waiting: int = 0) -> Any:
         waiting: more threads, for tasks that only wait for a site.
     """
     return ThreadPoolTaskRunner(max_workers=execution.max_parallel_clients + waiting)
+
+
+def overlaps(workspace: Workspace) -> bool:
+    """Whether the next round's clients may train beside an evaluation: where that takes no machine from it."""
+    execution = workspace.config.execution
+    if execution.overlap_rounds != "auto":
+        return execution.overlap_rounds == "on"
+    if execution.task_runner == "ray" or workspace.domains_at_sites:
+        return True
+    return len(visible_gpus(workspace.config.backbone.device)) > 1
 
 
 def same_for_all(value: Any, execution: ExecutionConfig) -> Any:

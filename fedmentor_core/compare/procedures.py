@@ -113,7 +113,7 @@ class CellEngine(InProcess):
         """
         return [_present(update) for update in super().train(assignments)]
 
-    def evaluate(self, adapter: ArtifactRef, split: SetName) -> Evaluations:
+    def evaluate(self, adapter: ArtifactRef, split: SetName, meanwhile: Sequence[ClientAssignment] = ()) -> Evaluations:
         """As ever; the untrained adapter's scores are shared by all cells."""
         if adapter == self.workspace.untrained_adapter:
             return [evaluate(self.workspace, adapter, name, split, self.listen) for name in self.workspace.evaluated]

@@ -146,9 +146,12 @@ class Ledger:
         """Sum of all charges at the account's order."""
         return spent_rdp_in(self.entries())
 
-    def spent_rdp_by(self, run_id: str) -> float:
-        """Sum of one run's charges at the account's order."""
-        return spent_rdp_in(self.entries(), run_id)
+    def spent_rdp_by(self, run_id: str, through_round: int | None = None) -> float:
+        """Sum of one run's charges at the account's order; where ``through_round`` is given, of rounds up to it."""
+        entries = self.entries()
+        if through_round is not None:
+            entries = [entry for entry in entries if entry.round_index is None or entry.round_index <= through_round]
+        return spent_rdp_in(entries, run_id)
 
     def runs_charged(self, besides: str) -> int:
         """How many runs other than ``besides`` have charged this account."""

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from fedmentor_core.training.target_loss import target_losses
+
 _PLAIN_HEADS = frozenset({"llama", "qwen2", "qwen3", "mistral", "smollm3"})
 
 
@@ -24,7 +26,6 @@ def losses_of(model: Any, input_ids: Any, attention_mask: Any, labels: Any, *, f
         (B,) losses in fp32; 0 for a sequence without targets.
     """
     import torch
-    import torch.nn.functional as functional
 
     base = _base(model)
     targets = labels[:, 1:]  # (B, T-1)
@@ -36,7 +37,7 @@ def losses_of(model: Any, input_ids: Any, attention_mask: Any, labels: Any, *, f
             logits = head(hidden[:, :-1][wanted].to(head.weight.dtype))  # (n_targets, V)
     else:
         logits = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1][wanted]
-    losses = functional.cross_entropy(logits.float(), targets[wanted], reduction="none")
+    losses = target_losses(logits.float(), targets[wanted])
     row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(targets)[wanted]
     weights = (1.0 - first_token_weight) / wanted.sum(dim=1).clamp(min=1)[row]
     if first_token_weight:

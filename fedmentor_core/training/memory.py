@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from fedmentor_core.privacy.row_gradients import RowGradients
 from fedmentor_core.training.checkpointing import checkpointing
+from fedmentor_core.training.target_loss import target_losses
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _loss(model: Any, shape: StepShape) -> Any:
     wanted = hidden[:, -shape.target_tokens - 1 : -1].reshape(-1, hidden.shape[-1])
     head = base.get_output_embeddings()
     logits = head(wanted.to(head.weight.dtype)).float()
-    return torch.nn.functional.cross_entropy(logits, ids[:, -shape.target_tokens :].reshape(-1), reduction="sum")
+    return target_losses(logits, ids[:, -shape.target_tokens :].reshape(-1)).sum()
 
 
 def _clip(trained: list[Any], rows: int) -> None:

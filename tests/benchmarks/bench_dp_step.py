@@ -135,14 +135,21 @@ def _adamw(model: Any) -> Any:
 
 
 def production(
-    rows: int, tokens: int, size: str, device: str, private: bool, autocast: bool = False, checkpointed: bool = False
+    rows: int,
+    tokens: int,
+    size: str,
+    device: str,
+    private: bool,
+    autocast: bool = False,
+    checkpointed: bool = False,
+    model: Any = None,
 ) -> Turn:
-    """The step that a client takes (``training/client.py``), with or without privacy."""
+    """The step that a client takes (``training/client.py``), with or without privacy; of ``model`` where one is given."""
     from fedmentor_core.privacy.engine import make_private_optimizer, private_model
     from fedmentor_core.training.checkpointing import checkpointing
     from fedmentor_core.training.client import TrainingSet, _microbatches, _plain_step, _private_step, _weighted_losses
 
-    model = adapted(size, device, bfloat16=device == "cuda")
+    model = adapted(size, device, bfloat16=device == "cuda") if model is None else model
     optimizer, wrapped = _adamw(model), model
     if private:
         wrapped = private_model(model)
@@ -195,11 +202,17 @@ def trainer(rows: int, tokens: int, size: str, device: str) -> Turn:
 
 
 def _rows_loss(model: Any, ids: Any, labels: Any) -> Any:
+    """(B,) mean losses of the rows' targets by torch's cross entropy, logits only where there is a target, as ours."""
     import torch
 
-    from fedmentor_core.training.forward import losses_of
-
-    return losses_of(model, ids, torch.ones_like(ids), labels, first_token_weight=0.7)
+    base = getattr(model, "_module", model).get_base_model()
+    targets = labels[:, 1:]
+    wanted = targets != -100
+    hidden = base.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+    logits = base.get_output_embeddings()(hidden[:, :-1][wanted])
+    losses = torch.nn.functional.cross_entropy(logits, targets[wanted], reduction="none")
+    row = torch.arange(len(ids), device=ids.device)[:, None].expand_as(targets)[wanted]
+    return torch.zeros(len(ids), device=ids.device).index_add(0, row, losses / wanted.sum(dim=1)[row])
 
 
 def opacus_hooks(rows: int, tokens: int, size: str, device: str) -> Turn:

@@ -54,12 +54,15 @@ def counted(rows: int, tokens: int, size: str, checkpointed: bool) -> Turn:
     """The real private step, with every tensor counted from when it is made until it is dropped."""
     from fedmentor_core.training.memory import PeakBytes
 
-    step = production(rows, tokens, size, "cpu", private=True, checkpointed=checkpointed)
+    model = adapted(size, "cpu")
+    step = production(rows, tokens, size, "cpu", private=True, checkpointed=checkpointed, model=model)
 
     def turn() -> Sample:
-        with PeakBytes() as followed:
+        followed = PeakBytes(*model.parameters(), *model.buffers())
+        held = followed.now
+        with followed:
             step()
-        return Sample(figures={"growth_bytes": followed.peak})
+        return Sample(figures={"growth_bytes": followed.peak - held})
 
     return turn
 

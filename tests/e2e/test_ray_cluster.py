@@ -99,8 +99,9 @@ def _wait_until_healthy(server: subprocess.Popen, url: str) -> None:
 
 
 def test_two_clients_on_two_nodes_give_the_adapter_of_one_process(tiny_study, tmp_path, environment, two_nodes):
-    tiny_study["rounds"] = 1
+    tiny_study["rounds"] = 2
     tiny_study["privacy"] = {"noise_seed": 5}
+    tiny_study["adaptation"] = {"rule": "fixed"}  # so the second round trains while the first is evaluated
     plain = run_study(open_study(validate_config(tiny_study), tmp_path / "plain"))
 
     tiny_study["execution"] = {
@@ -117,14 +118,15 @@ def test_two_clients_on_two_nodes_give_the_adapter_of_one_process(tiny_study, tm
         logs = httpx.post(f"{url}/logs/filter", json={"limit": 200}, trust_env=False).json()
 
     summary = json.loads((out / "summary.json").read_text())
-    assert [client["status"] for client in summary["rounds"][0]["clients"]] == ["trained", "trained"]
-    assert _adapter(tiny_study, out) == _adapter(tiny_study, tmp_path / "plain")
+    assert [c["status"] for one in summary["rounds"] for c in one["clients"]] == ["trained"] * 4
+    assert _adapters(tiny_study, out) == _adapters(tiny_study, tmp_path / "plain")
     assert_same_scores(summary["final"], json.loads(plain.model_dump_json(by_alias=True))["final"])
 
     nodes = {line["message"].rsplit(" ", 1)[1] for line in logs if "trains on Ray node" in line["message"]}
     assert len(nodes) == 2, "each node took a client"
-    assert [run["state_type"] for run in trained] == ["COMPLETED"] * 2
-    assert [run["state_type"] for run in evaluated] == ["COMPLETED"] * 8, "two sets before, one in the round, one after"
+    assert [run["state_type"] for run in trained] == ["COMPLETED"] * 4
+    assert len({run["flow_run_id"] for run in trained}) == 1, "both rounds' clients were started in the first"
+    assert [run["state_type"] for run in evaluated] == ["COMPLETED"] * 10, "two sets before, one a round, one after"
     assert len(servers) == 1, "all machines talk to one server"
     assert "Traceback" not in said
 
@@ -178,7 +180,7 @@ def _task_runs(url: str, name: str) -> list[dict]:
     return [run for run in found if run["task_key"].startswith(f"{name.replace('-', '_')}") or name in run["name"]]
 
 
-def _adapter(study: dict, out: Path) -> str:
-    manifest = find_manifest(workspace_of(open_study(validate_config(study), out)), 0)
-    assert manifest is not None
-    return manifest.adapter.sha256
+def _adapters(study: dict, out: Path) -> list[str]:
+    workspace = workspace_of(open_study(validate_config(study), out))
+    manifests = [find_manifest(workspace, index) for index in range(study["rounds"])]
+    return [manifest.adapter.sha256 for manifest in manifests if manifest is not None]
