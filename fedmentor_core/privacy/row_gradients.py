@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from fedmentor_core.adapters.fused import by_row, fuse, keep_rows, unfuse
 from fedmentor_core.errors import FedMentorError
 
 
@@ -34,6 +35,7 @@ class RowGradients:
         for layer in self._layers:
             layer.weight.grad_sample = None
             layer.forward = _RowLinear(layer.weight)
+        self._fused = fuse(model, per_row=True)  # where it fits, one function does the whole LoRA layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own answer."""
@@ -49,7 +51,8 @@ class RowGradients:
         for layer in self._layers:
             del layer.forward
             del layer.weight.grad_sample
-        self._layers = []
+        unfuse(self._fused)
+        self._layers, self._fused = [], []
         return self._module
 
 
@@ -99,14 +102,8 @@ def _row_linear() -> Any:
             """Gradient (B, ..., d_out) -> that of rows; ``weight.grad_sample`` grows by (B, d_out, d_in)."""
             (rows,), weight, gradient = ctx.saved_tensors, ctx.weight, gradients[0]
             kind = gradient.dtype  # under autocast the products run in its precision, as the layer's own would
-            found = torch.bmm(_by_row(gradient).transpose(1, 2), _by_row(rows).to(kind)).float()
-            weight.grad_sample = found if weight.grad_sample is None else weight.grad_sample + found
+            keep_rows(weight, torch.bmm(by_row(gradient).transpose(1, 2), by_row(rows).to(kind)))
             back = (gradient @ weight.to(kind)).to(rows.dtype) if ctx.needs_input_grad[0] else None
             return back, None
 
     return RowLinear
-
-
-def _by_row(tensor: Any) -> Any:
-    """(B, ..., d) as (B, T, d)."""
-    return tensor if tensor.dim() == 3 else tensor.reshape(len(tensor), -1, tensor.shape[-1])

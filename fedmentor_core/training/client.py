@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from fedmentor_core.adapters.fused import fused
 from fedmentor_core.adapters.lora import State, adapter_state, trainable_parameters
 from fedmentor_core.config import TrainingConfig
 from fedmentor_core.errors import DeadlineError, FedMentorError
@@ -113,7 +114,7 @@ def train_locally(
     wrapped.train()
     batches = enumerate(poisson_batches(data.n_units, plan.sample_rate, plan.steps, order_seed), start=1)
     try:
-        with checkpointing(model, enabled=config.activation_checkpointing):
+        with checkpointing(model, enabled=config.activation_checkpointing), fused(model, enabled=not private):
             for done, units in batches:
                 rows = pick_rows(units, data.rows_of_unit, config.rows_per_unit, row_choice)
                 pieces = _microbatches(rows, data, config.microbatch_size, device)

@@ -9,6 +9,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any, Self
 
+from fedmentor_core.adapters.fused import fused
 from fedmentor_core.privacy.row_gradients import RowGradients
 from fedmentor_core.training.checkpointing import checkpointing
 from fedmentor_core.training.target_loss import target_losses
@@ -56,7 +57,7 @@ def predicted_peak_bytes(model: Any, shape: StepShape) -> tuple[int, int]:
         wrapped.train()
         followed = PeakBytes(*model.parameters(), *model.buffers())
         held = followed.now
-        with followed, checkpointing(model, enabled=shape.checkpointed):
+        with followed, checkpointing(model, enabled=shape.checkpointed), fused(model, enabled=not shape.private):
             _loss(model, shape).backward()
             if shape.private:
                 _clip(trained, shape.rows)

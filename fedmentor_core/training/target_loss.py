@@ -32,20 +32,22 @@ def _function() -> Any:
     class TargetLosses(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, logits: Any, targets: Any) -> Any:
-            normaliser = torch.cat([rows.logsumexp(dim=1) for rows in logits.split(_ROWS)])
-            ctx.held = logits, normaliser, targets
-            return normaliser - logits.gather(1, targets[:, None])[:, 0]
+            highest = logits.amax(dim=1, keepdim=True) if logits.numel() else logits.new_zeros((0, 1))
+            parts = zip(logits.split(_ROWS), highest.split(_ROWS), strict=True)
+            total = torch.cat([(rows - top).exp_().sum(dim=1, keepdim=True) for rows, top in parts])
+            ctx.held = logits, highest, total, targets[:, None]
+            return (total.log() - (logits.gather(1, targets[:, None]) - highest))[:, 0]
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> tuple[Any, None]:
             if ctx.held is None:
                 raise RuntimeError("a second backward pass through target_losses: its logits became their gradient")
-            (logits, normaliser, targets), ctx.held = ctx.held, None
-            pieces = (whole.split(_ROWS) for whole in (logits, normaliser, targets, gradients[0]))
-            for rows, of_rows, at, gradient in zip(*pieces, strict=True):
-                rows.sub_(of_rows[:, None]).exp_()
-                rows.scatter_add_(1, at[:, None], rows.new_full((len(at), 1), -1.0))
-                rows.mul_(gradient[:, None])
+            (logits, *rest), ctx.held = ctx.held, None
+            pieces = (whole.split(_ROWS) for whole in (logits, *rest, gradients[0][:, None]))
+            for rows, highest, total, at, gradient in zip(*pieces, strict=True):
+                rows.sub_(highest).exp_()
+                rows.scatter_add_(1, at, -total)
+                rows.mul_(gradient / total)
             return logits, None
 
     return TargetLosses

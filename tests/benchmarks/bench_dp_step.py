@@ -145,6 +145,7 @@ def production(
     model: Any = None,
 ) -> Turn:
     """The step that a client takes (``training/client.py``), with or without privacy; of ``model`` where one is given."""
+    from fedmentor_core.adapters.fused import fused
     from fedmentor_core.privacy.engine import make_private_optimizer, private_model
     from fedmentor_core.training.checkpointing import checkpointing
     from fedmentor_core.training.client import TrainingSet, _microbatches, _plain_step, _private_step, _weighted_losses
@@ -164,7 +165,7 @@ def production(
 
     def turn() -> None:
         batches = _microbatches(drawn, data, rows, device)
-        with checkpointing(model, enabled=checkpointed):
+        with checkpointing(model, enabled=checkpointed), fused(model, enabled=not private):
             if private:
                 _private_step(optimizer, batches, loss)
             else:

@@ -123,6 +123,15 @@ def test_step_equals_the_sum_of_clipped_unit_gradients(
     assert joint_norm(expected) > 0
 
 
+@pytest.mark.parametrize(("train", "fused"), [("b", True), ("both", True), ("core", False)])
+def test_the_adapter_trains_in_fused_layers(backbone: Backbone, train: str, fused: bool) -> None:
+    model = adapted(backbone, train)
+    adapted_layers = [module for module in model.modules() if hasattr(module, "lora_B")]
+    private_model(model)
+    assert adapted_layers
+    assert all(("forward" in vars(layer)) is fused for layer in adapted_layers)
+
+
 def test_step_takes_no_gradient_over_from_the_one_before(backbone: Backbone, data: TrainingSet) -> None:
     model = adapted(backbone, "b")
     wrapped = private_model(model)
