@@ -13,7 +13,8 @@ A reading verifies everything, or what is not as it was verified before (``verif
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 
 from pydantic import ValidationError
 
@@ -50,17 +51,27 @@ class Chain:
         """
         known = () if self._verified is None else self._verified.entries  # first, and then what may have grown since
         witnesses = list(self._store.list_keys(f"ledger-witnesses/{self.account}"))  # before entries: none is ahead
-        found: list[VerifiedEntry] = []
+        versions = []
         for sequence, (key, version) in enumerate(self._store.list_versions(f"ledgers/{self.account}")):
             if key != self._key(sequence):
                 raise self.broken(sequence, f"expected {self._key(sequence)}, found {key}")
-            if sequence < len(known) - 1 and version and version == known[sequence].version:
-                found.append(known[sequence])
-                continue
-            stored = self._read_entry(sequence, found[-1].stored.sha256 if found else "")
-            if sequence < len(known) and stored.sha256 != known[sequence].stored.sha256:
-                raise self.broken(sequence, "it is not the entry that was verified before")
-            found.append(VerifiedEntry(stored, version))
+            versions.append(version)
+
+        def is_verified(sequence: int) -> bool:
+            version = versions[sequence]
+            return sequence < len(known) - 1 and version != "" and version == known[sequence].version
+
+        to_read = [sequence for sequence in range(len(versions)) if not is_verified(sequence)]
+        found: list[VerifiedEntry] = []
+        with closing(self._store.get_each([self._key(sequence) for sequence in to_read])) as arriving:
+            for sequence, version in enumerate(versions):
+                if is_verified(sequence):
+                    found.append(known[sequence])
+                    continue
+                stored = self._next_entry(arriving, sequence, found[-1].stored.sha256 if found else "")
+                if sequence < len(known) and stored.sha256 != known[sequence].stored.sha256:
+                    raise self.broken(sequence, "it is not the entry that was verified before")
+                found.append(VerifiedEntry(stored, version))
         n_entries, newest = len(found), found[-1].stored.sha256 if found else ""
         if n_entries < len(known) or (witnesses and witnesses[-1] >= self._witness_key(n_entries)):
             raise self.broken(n_entries, "it was written and is missing")
@@ -102,10 +113,10 @@ class Chain:
             "is restored from a copy; never delete entries, for that would forget spent budget."
         )
 
-    def _read_entry(self, sequence: int, previous: str) -> StoredEntry:
+    def _next_entry(self, arriving: Iterator[bytes], sequence: int, previous: str) -> StoredEntry:
         """The entry at ``sequence``, which must follow the one whose bytes have the digest ``previous``."""
         try:
-            data = self._store.get_bytes(self._key(sequence))
+            data = next(arriving)
         except NotFoundError:
             raise self.broken(sequence, "it vanished while it was read") from None
         except IntegrityError:

@@ -68,6 +68,7 @@ class EncryptedStore(ArtifactStore):
         """Wrap ``inner``; what lies there unencrypted is refused, not read."""
         self.inner = inner
         self.url = inner.url
+        self.reads_at_once = inner.reads_at_once
         self._ring = ring
 
     def _create(self, key: str, body: Body) -> None:

@@ -29,6 +29,8 @@ _THREADS = 4
 class S3Store(ArtifactStore):
     """Objects below ``s3://bucket/prefix``. Credentials come from the usual AWS variables, never from a config."""
 
+    reads_at_once = 8  # of the client's 16 connections
+
     def __init__(self, client: S3Client, prefix: str, settings: StorageConfig) -> None:
         """Use ``client`` for objects below ``prefix``. Nothing is sent yet."""
         self.client = client

@@ -3,6 +3,8 @@
 import hashlib
 import itertools
 import random
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -163,6 +165,37 @@ def test_key_that_leaves_the_store_is_refused(store: ArtifactStore) -> None:
             with pytest.raises(StorageError, match="invalid key"):
                 call()
     assert list(store.list_keys("")) == []
+
+
+def test_several_objects_come_in_order_and_fail_at_their_turn(store: ArtifactStore) -> None:
+    keys = [f"many/{index:02d}" for index in range(20)]
+    for key in keys:
+        store.put_bytes(key, key.encode())
+    assert list(store.get_each(keys)) == [key.encode() for key in keys]
+    assert list(store.get_each([])) == []
+    coming = store.get_each([*keys[:3], "many/missing", *keys[3:]])
+    assert [next(coming) for _ in range(3)] == [key.encode() for key in keys[:3]]
+    with pytest.raises(NotFoundError):
+        next(coming)
+
+
+def test_several_objects_are_read_side_by_side_where_reading_waits(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = threading.Barrier(store.reads_at_once, timeout=30)
+    monkeypatch.setattr(store, "get_bytes", lambda key: (together.wait(), key.encode())[1])
+    keys = [f"k{index}" for index in range(2 * store.reads_at_once)]
+    assert list(store.get_each(keys)) == [key.encode() for key in keys]
+    assert (store.reads_at_once == 1) == store.url.startswith("file:")
+
+
+def test_who_stops_reading_stops_the_reads(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr(store, "get_bytes", lambda key: (time.sleep(0.005), read.append(key), b"x")[2])
+    coming = store.get_each([f"k{index}" for index in range(1000)])
+    assert next(coming) == b"x"
+    coming.close()
+    assert len(read) < 500
 
 
 def test_listing_is_sorted_and_goes_by_folders(store: ArtifactStore) -> None:
