@@ -39,7 +39,7 @@ RATIOS = {
 @benchmark("flower-study", title="a whole study against Flower's simulation of the same task", minutes=12.0, cpu=False)
 def flower_study(scale: Scale) -> Plan:
     """Not part of ``make bench``: it needs the other Python, and takes long."""
-    rounds, steps, batch = (1, 1, 16) if scale.quick else (3, 8, 64)
+    rounds, steps, batch = (1, 1, 16) if scale.quick else (2, 6, 64)
     changes = [
         f"rounds={rounds}", f"training.steps_per_round={steps}", f"training.batch_size={batch}", "tracking.enabled=false",
         "evaluation.max_gate_examples=4", "evaluation.max_test_examples=4",
@@ -60,7 +60,7 @@ def flower_study(scale: Scale) -> Plan:
     return Plan(
         arms=arms,
         ratios=ratios,
-        turns=1 if scale.quick else 3,
+        turns=1 if scale.quick else 2,
         notes=[
             "The whole is a fresh process from its start to its end; start-up ends when the first client begins to train.",
             "Memory (shared pages once) and processor time are those of the whole process tree.",
