@@ -57,6 +57,19 @@ def scale_ledger(scale: Scale) -> Plan:
     )
 
 
+@benchmark("ledger-far", title="a new process reads a ledger that is 10 ms away", minutes=0.4)
+def ledger_far(scale: Scale) -> Plan:
+    """Entries read one at a time, and side by side as from an S3 store."""
+    size = 100 if scale.quick else 1_000
+    arms = {"one at a time": 1, "side by side": 8}
+    return Plan(
+        [Arm(name, read_from_afar, {"size": size, "at_once": at_once}) for name, at_once in arms.items()],
+        [Ratio("side by side over one at a time", of="side by side", to="one at a time")],
+        turns=1 if scale.quick else 2,
+        notes=[f"{size} entries; each read waits 10 ms besides, and everything is verified."],
+    )
+
+
 @benchmark("scale-manifest", title="committing a round and reading it back by its number of clients", minutes=0.2)
 def scale_manifest(scale: Scale) -> Plan:
     """The manifest holds a line per client; it is written as one object."""
@@ -142,6 +155,33 @@ def charge_to_account(size: int, remembers: bool) -> Turn:
                       noise_multiplier=1e3, sample_rate=1e-4, steps=1)  # fmt: skip
         entries = len(ledger.entries())
         return Sample(time.perf_counter() - started, figures={"requests": store.requests, "entries": entries})
+
+    return turn
+
+
+def read_from_afar(size: int, at_once: int) -> Turn:
+    """The whole chain, by a reader that remembers nothing."""
+    from fedmentor_core.privacy.filter import PrivacyAccount
+    from fedmentor_core.privacy.ledger import Ledger, Terms
+    from fedmentor_core.storage.local import LocalStore
+
+    class FarStore(LocalStore):
+        reads_at_once = at_once
+
+        def _read(self, key: str) -> tuple[bytes, str | None]:
+            time.sleep(0.01)
+            return super()._read(key)
+
+    folder = tempfile.TemporaryDirectory(prefix="fedmentor-bench-")
+    account = PrivacyAccount.open(8.0, 1e-5, 0.05, 100)
+    near = Ledger(LocalStore(Path(folder.name)), "one", None)
+    near.open_account(account, run_id="bench", dataset_fingerprint="0" * 64, terms=Terms())
+    _lengthen(Path(folder.name), account, size)
+
+    def turn() -> Sample:
+        started = time.perf_counter()
+        entries = len(Ledger(FarStore(Path(folder.name)), "one", None).entries())
+        return Sample(time.perf_counter() - started, figures={"entries": entries})
 
     return turn
 
