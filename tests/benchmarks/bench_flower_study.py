@@ -36,7 +36,7 @@ RATIOS = {
 """What is compared, FedMentor over Flower."""
 
 
-@benchmark("flower-study", title="a whole study against Flower's simulation of the same task", minutes=12.0, cpu=False)
+@benchmark("flower-study", title="a whole study against Flower's simulation of the same task", minutes=22.0, cpu=False)
 def flower_study(scale: Scale) -> Plan:
     """Not part of ``make bench``: it needs the other Python, and takes long."""
     rounds, steps, batch = (1, 1, 16) if scale.quick else (2, 6, 64)
@@ -146,7 +146,7 @@ def our_study(folder: str, changes: list[str]) -> None:
     from flows.environment import prepare_environment
 
     os.environ.pop("PREFECT_API_URL", None)
-    prepare_environment(Path(folder) / "prefect")
+    prepare_environment(Path(folder))
     from fedmentor_core.config_io import load_config
     from flows.federated_training import federated_training
 
