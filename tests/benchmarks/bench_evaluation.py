@@ -162,6 +162,7 @@ def _gate_set(n_rows: int, *, trained: bool = True) -> tuple[Any, Any, list[list
     from fedmentor_core.data import invented
     from fedmentor_core.data.encode import encode_for_training, encode_prompts
 
+    torch.set_num_threads(1)  # two threads beside another busy process wait for each other most of the time
     backbone = load_backbone(BackboneConfig(device="cpu"))
     model = attach(backbone, AdapterConfig(rank=8, alpha=16), seed=1)
     model.eval()
