@@ -568,7 +568,7 @@ class ExecutionConfig(Section):
     overlap_rounds: Literal["auto", "on", "off"] = Field(
         default="auto",
         description="Train the next round while this one is evaluated, where adaptation.rule watches no utility and "
-        "the gate set is public. 'auto': where both have machines or GPUs to run on; 'on': always where allowed.",
+        "the gate set is public; never with sites. 'auto': on a Ray cluster or several GPUs; 'on': on one too.",
     )
     gpu_limit: str | None = Field(
         default=None,

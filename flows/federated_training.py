@@ -69,7 +69,7 @@ class PrefectEngine:
     def in_round(self, round_index: int, body: Callable[[], RoundManifest]) -> RoundManifest:
         """A round is a sub-flow, so that it shows as one in the UI."""
         waiting = len(self.workspace.domains_at_sites)  # threads that wait for a site train nothing here
-        runner = thread_runner(self.ref.config.execution, waiting=2 * waiting if overlaps(self.workspace) else waiting)
+        runner = thread_runner(self.ref.config.execution, waiting=waiting)
 
         @flow(
             name="round",

@@ -43,11 +43,14 @@ def thread_runner(execution: ExecutionConfig, *, waiting: int = 0) -> Any:
 
 
 def overlaps(workspace: Workspace) -> bool:
-    """Whether the next round's clients may train beside an evaluation: where that takes no machine from it."""
+    """Whether the next round's clients may train beside an evaluation: where that takes no machine from it.
+
+    Never with sites: a site does one thing at a time, and what it is asked meanwhile would wait on its deadline's time.
+    """
     execution = workspace.config.execution
-    if execution.overlap_rounds != "auto":
-        return execution.overlap_rounds == "on"
-    if execution.task_runner == "ray" or workspace.domains_at_sites:
+    if workspace.domains_at_sites or execution.overlap_rounds == "off":
+        return False
+    if execution.overlap_rounds == "on" or execution.task_runner == "ray":
         return True
     return len(visible_gpus(workspace.config.backbone.device)) > 1
 

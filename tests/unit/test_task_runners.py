@@ -1,5 +1,7 @@
 """Threads or a cluster, by configuration; a cluster that could not work is refused before anything is charged."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from fedmentor_core.config import ExecutionConfig
@@ -15,6 +17,26 @@ def ray_study(study: dict, **execution) -> dict:
 def test_threads_are_as_many_as_clients_and_those_that_wait_for_sites():
     runner = task_runners.thread_runner(ExecutionConfig(max_parallel_clients=3), waiting=2)
     assert runner._max_workers == 5
+
+
+@pytest.mark.parametrize(
+    ("setting", "runner", "n_gpus", "n_sites", "expected"),
+    [
+        ("auto", "threads", 0, 0, False),
+        ("auto", "threads", 1, 0, False),
+        ("auto", "threads", 2, 0, True),
+        ("auto", "ray", 0, 0, True),
+        ("on", "threads", 0, 0, True),
+        ("off", "ray", 2, 0, False),
+        ("on", "threads", 2, 1, False),
+    ],
+)
+def test_rounds_overlap_where_evaluation_leaves_machines_free(monkeypatch, setting, runner, n_gpus, n_sites, expected):
+    monkeypatch.setattr(task_runners, "visible_gpus", lambda device: tuple(map(str, range(n_gpus))))
+    execution = ExecutionConfig(overlap_rounds=setting, task_runner=runner)
+    config = SimpleNamespace(execution=execution, backbone=SimpleNamespace(device="auto"))
+    workspace = SimpleNamespace(config=config, domains_at_sites=("a site",) * n_sites)
+    assert task_runners.overlaps(workspace) is expected
 
 
 def test_without_a_cluster_nothing_changes():
