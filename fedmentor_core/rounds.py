@@ -389,8 +389,10 @@ def _decide(
 def _spent_rdp(workspace: Workspace, plan: DomainPlan, round_index: int, updates: Sequence[ClientUpdate]) -> float:
     """What a domain's account has spent: its ledger says it here, and what its site told where that is elsewhere."""
     if workspace.config.domain(plan.domain).site is None:
-        ledger = workspace.ledger(plan.domain)  # where the next round may have been charged already
-        return plan.spent_rdp_before + ledger.spent_rdp_by(workspace.ref.run_id, through_round=round_index)
+        # Where the next round trains ahead it may be charged already, and is not of this round; else all charges count.
+        through = None if workspace.config.adaptation.watches_utility else round_index
+        spent = workspace.ledger(plan.domain).spent_rdp_by(workspace.ref.run_id, through_round=through)
+        return plan.spent_rdp_before + spent
     from fedmentor_core.site.spending import most_spent_rdp
 
     return most_spent_rdp(workspace, plan, client_history(workspace, plan.domain, round_index, updates))
