@@ -123,7 +123,6 @@ def _whole(command: Callable[[str], tuple[list[str], dict[str, Any]]]) -> Turn:
                 "study_seconds": said["ended"] - said["began"],
                 "tree_cpu_seconds": tree.cpu_seconds,
                 "evaluation_seconds": said.get("evaluation_seconds", 0.0),
-                "evaluation_cpu_seconds": said.get("evaluation_cpu_seconds", 0.0),
             },
         )
 
@@ -163,7 +162,6 @@ def our_study(folder: str, changes: list[str]) -> None:
                 "ended": ended,
                 "bytes_per_round": sum(c.bytes_up + c.bytes_down for one in rounds for c in one.clients) / len(rounds),
                 "evaluation_seconds": evaluating.seconds,
-                "evaluation_cpu_seconds": evaluating.cpu_seconds,
             }
         ),
         flush=True,
