@@ -40,7 +40,7 @@ format: $(STAMP)   ## Mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)    ## Benchmarks on the processor, under 20 minutes; results in runs/bench (BENCH="--only startup --quick")
+bench: $(STAMP)    ## Benchmarks on the processor; results in runs/bench (BENCH="--only startup --quick")
 	@$(BIN)/python tests/benchmarks/run.py $(BENCH)
 
 bench-gpu: $(STAMP)  ## The benchmarks that need a GPU; refused where there is none

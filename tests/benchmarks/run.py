@@ -1,6 +1,6 @@
 """Runs the benchmarks: every arm in turns, each in a process of its own; leaves bench.json and bench.md.
 
-make bench                                                # the CPU set, under 20 minutes on two cores
+make bench                                                # the CPU set
 python tests/benchmarks/run.py --only startup --quick     # one of them, small: to try it, not to quote it
 python tests/benchmarks/run.py --only dp-step-8x64 --profile  # where the time of each arm goes, instead of how much
 make bench-gpu                                            # the GPU set; needs a GPU

@@ -191,7 +191,7 @@ def test_several_objects_are_read_side_by_side_where_reading_waits(
 
 def test_who_stops_reading_stops_the_reads(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    monkeypatch.setattr(store, "get_bytes", lambda key: (time.sleep(0.005), read.append(key), b"x")[2])
+    monkeypatch.setattr(store, "get_bytes", lambda key: (time.sleep(0.05), read.append(key), b"x")[2])
     coming = store.get_each([f"k{index}" for index in range(1000)])
     assert next(coming) == b"x"
     coming.close()
