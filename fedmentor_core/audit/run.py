@@ -2,7 +2,7 @@
 
     canaries   coins by the system's entropy; a unit that lost stays without targets        (``canaries.py``)
     train      assignments -> run_client (policy, filter, charge, DP-SGD, release) -> aggregate -> adapt,
-               the functions of ``rounds.py`` and ``client_round.py`` unchanged, watched by a step meter
+               the functions of ``rounds/`` and ``client_round.py`` unchanged, watched by a step meter
     attack     two scores of each canary: how much the released updates lowered its loss, and how much of its gradient
                is in the noised gradients                                                   (``attack.py``)
     judge      lower bound against the ledger's epsilon; the ledger against a recount; noise and norm of every

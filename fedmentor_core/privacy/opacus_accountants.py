@@ -9,6 +9,9 @@ of Opacus be laid out otherwise, the package is imported as it is.
 
 import importlib
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +44,8 @@ def _load(name: str) -> Any:
     if "opacus" not in sys.modules:
         try:
             _prepare()
-            return importlib.import_module(f"{_ALONE}.{name}")
+            with _convolution_when_called():
+                return importlib.import_module(f"{_ALONE}.{name}")
         except (ImportError, AttributeError):
             pass
     return importlib.import_module(f"opacus.accountants.{name}")
@@ -60,3 +64,28 @@ def _prepare() -> None:
     package.__path__ = [str(Path(found.submodule_search_locations[0]) / "accountants")]
     sys.modules[base.__name__] = base
     sys.modules[_ALONE] = package
+
+
+@contextmanager
+def _convolution_when_called() -> Iterator[None]:
+    """Meanwhile, ``from scipy.signal import convolve`` takes a function that imports scipy.signal once it is called.
+
+    That import takes 0.6 s, and only the composition of unlike mechanisms calls it. Where another thread could see the
+    stand-in, there is none.
+    """
+    if "scipy.signal" in sys.modules or threading.active_count() > 1:
+        yield
+        return
+    for wanted in ("scipy.fft", "scipy.integrate", "scipy.special"):  # so that what they import meets no stand-in
+        importlib.import_module(wanted)
+    stand_in: Any = ModuleType("scipy.signal")
+    stand_in.convolve = _convolve
+    sys.modules["scipy.signal"] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules["scipy.signal"]
+
+
+def _convolve(*arguments: Any, **options: Any) -> Any:
+    return importlib.import_module("scipy.signal").convolve(*arguments, **options)

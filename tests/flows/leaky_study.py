@@ -164,12 +164,12 @@ def called_by(function: str) -> bool:
 
 def inject(failures: Failures) -> None:
     """Put the failures where a library would fail on data, and let libraries talk about it."""
-    from fedmentor_core import rounds
     from fedmentor_core.data import encode
     from fedmentor_core.evaluation import scores
+    from fedmentor_core.rounds import joining
     from fedmentor_core.training import client
 
-    tokenize, train, generate, arriving = encode._tokenize, client.losses_of, scores.generate, rounds.arriving
+    tokenize, train, generate, arriving = encode._tokenize, client.losses_of, scores.generate, joining.arriving
 
     def failing_tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
         if texts and "Reasoning" in texts[0] and not called_by("evaluation_set"):
@@ -199,7 +199,7 @@ def inject(failures: Failures) -> None:
         return arriving(*arguments)
 
     encode._tokenize, client.losses_of = failing_tokenize, failing_losses
-    scores.generate, rounds.arriving = failing_generate, failing_arriving
+    scores.generate, joining.arriving = failing_generate, failing_arriving
 
 
 def record_numbers(failures: Failures) -> tuple[list[list[float]], list[list[float]]]:

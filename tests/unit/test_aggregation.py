@@ -214,7 +214,7 @@ def test_a_round_whose_updates_all_pass_reads_each_of_them_once(workspace: Works
     quick, _ = aggregate(workspace, base, updates)
     assert read == ["updates/one", "updates/two"]
 
-    monkeypatch.setattr("fedmentor_core.rounds._join_in_one_reading", lambda *_: None)
+    monkeypatch.setattr("fedmentor_core.rounds.joining._join_in_one_reading", lambda *_: None)
     careful, _ = aggregate(workspace, base, updates)
     assert quick.sha256 == careful.sha256, "the same bytes as judging each and joining then"
 

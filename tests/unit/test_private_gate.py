@@ -437,7 +437,7 @@ def test_rule_sees_released_numbers_only_and_no_byte_holds_an_unnoised_one(
 
     monkeypatch.setattr(private_gate, "score_rows", scoring)
     monkeypatch.setattr(private_gate, "unit_scores", summing)
-    monkeypatch.setattr(rounds, "adapt", adapting)
+    monkeypatch.setattr(rounds.commit, "adapt", adapting)
     if sabotaged:
         monkeypatch.setattr(discrete_gaussian, "sample", lambda scale, dice: 0)
     ref = open_study(validate_config(private_study), tmp_path / "out")
