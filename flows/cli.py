@@ -610,10 +610,11 @@ def _run(study: "StudyConfig", folder: Path, mode: Any) -> "StudySummary":
         claim_study(ref)
         listener(ProgressEvent("prepare", "starting Prefect", n_rounds=study.rounds))
         with _library_output(folder):
+            from flows.embedded import embedded_prefect
             from flows.federated_training import federated_training
             from tasks.listening import listening
 
-            with listening(listener), _responsive_ctrl_c():
+            with embedded_prefect(), listening(listener), _responsive_ctrl_c():
                 return federated_training(study, str(folder))
 
 
@@ -625,10 +626,11 @@ def _run_night(study: "StudyConfig", out: Path, mode: Any) -> "NightReport":
     with make_listener(mode) as listener:
         listener(ProgressEvent("prepare", "looking at tonight's data and budgets", n_rounds=study.rounds))
         with _library_output(out):
+            from flows.embedded import embedded_prefect
             from flows.nightly import nightly_command
             from tasks.listening import listening
 
-            with listening(listener), _responsive_ctrl_c():
+            with embedded_prefect(), listening(listener), _responsive_ctrl_c():
                 return nightly_command(study, out)
 
 

@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("FEDMENTOR_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "fedmentor"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from fedmentor_core.errors import ConfigError
+from flows.prefect_database import put_database
 from flows.stack import health, processes, provisioning
 from flows.stack.health import PrefectApi, StackStatus, check
 from flows.stack.interruption import Interruptions
@@ -61,6 +62,8 @@ def up(folder: StackFolder, settings: StackSettings, postgres: str | None, say: 
         _stop(folder, state, [service.name for service in broken])  # what a dead service left behind
         with _stopping_what_was_started(folder, state, say) as interruptions:
             _check_ports(broken)
+            if settings.database == "sqlite" and PREFECT in environments:
+                put_database(folder.data / "prefect")
             state.versions = _versions()
             servers = [service for service in broken if not service.is_worker]
             _start(folder, state, servers, environments, interruptions, say)

@@ -29,11 +29,11 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlakyMlflow]:
     """An MLflow server that starts while Prefect's does."""
-    from prefect.testing.utilities import prefect_test_harness
+    from prefect_harness import throwaway_prefect
 
     started = FlakyMlflow(tmp_path_factory.mktemp("mlflow"))
     try:
-        with prefect_test_harness(server_startup_timeout=180):
+        with throwaway_prefect():
             yield started.wait()
     finally:
         started.close()

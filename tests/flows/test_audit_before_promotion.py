@@ -15,9 +15,9 @@ REASON = "the noise is not there"
 @pytest.fixture(scope="module")
 def prefect_server():
     """A throw-away Prefect server and database."""
-    from prefect.testing.utilities import prefect_test_harness
+    from prefect_harness import throwaway_prefect
 
-    with prefect_test_harness(server_startup_timeout=180):
+    with throwaway_prefect():
         yield
 
 

@@ -22,9 +22,9 @@ SETTINGS = CompareSettings(arms=("base", "federated", "fedmentor"), seeds=2, bud
 @pytest.fixture(scope="module", autouse=True)
 def prefect_server():
     """A throw-away Prefect server and database."""
-    from prefect.testing.utilities import prefect_test_harness
+    from prefect_harness import throwaway_prefect
 
-    with prefect_test_harness(server_startup_timeout=180):
+    with throwaway_prefect():
         yield
 
 

@@ -14,9 +14,9 @@ from fedmentor_core.workspace import workspace_of
 @pytest.fixture(scope="module")
 def prefect_server(tmp_path_factory):
     """A throw-away Prefect server and database."""
-    from prefect.testing.utilities import prefect_test_harness
+    from prefect_harness import throwaway_prefect
 
-    with prefect_test_harness(server_startup_timeout=180):
+    with throwaway_prefect():
         yield
 
 

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", autouse=True)
 def prefect_server():
     """A throw-away Prefect server and database."""
-    from prefect.testing.utilities import prefect_test_harness
+    from prefect_harness import throwaway_prefect
 
-    with prefect_test_harness(server_startup_timeout=180):
+    with throwaway_prefect():
         yield
 
 

@@ -38,9 +38,9 @@ IsSlow = Callable[[str, Request], bool]
 @pytest.fixture(scope="module", autouse=True)
 def prefect_server() -> Iterator[None]:
     """A throw-away Prefect server and database."""
-    from prefect.testing.utilities import prefect_test_harness
+    from prefect_harness import throwaway_prefect
 
-    with prefect_test_harness(server_startup_timeout=240):
+    with throwaway_prefect():
         yield
 
 
