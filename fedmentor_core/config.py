@@ -565,10 +565,11 @@ class ExecutionConfig(Section):
         description="Lock files of GPUs and slots, the same folder for everybody on a machine; default: the folder "
         "'fedmentor-slots' for temporary files.",
     )
-    overlap_rounds: Literal["auto", "on", "off"] = Field(
+    overlap_rounds: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="Train the next round while this one is evaluated, where adaptation.rule watches no utility and "
-        "the gate set is public; never with sites. 'auto': on a Ray cluster or several GPUs; 'on': on one too.",
+        "the gate set is public; not with sites. 'auto': on a Ray cluster or several GPUs; 'always': on one machine as "
+        "well.",
     )
     gpu_limit: str | None = Field(
         default=None,

@@ -48,9 +48,9 @@ def overlaps(workspace: Workspace) -> bool:
     Never with sites: a site does one thing at a time, and what it is asked meanwhile would wait on its deadline's time.
     """
     execution = workspace.config.execution
-    if workspace.domains_at_sites or execution.overlap_rounds == "off":
+    if workspace.domains_at_sites or execution.overlap_rounds == "never":
         return False
-    if execution.overlap_rounds == "on" or execution.task_runner == "ray":
+    if execution.overlap_rounds == "always" or execution.task_runner == "ray":
         return True
     return len(visible_gpus(workspace.config.backbone.device)) > 1
 

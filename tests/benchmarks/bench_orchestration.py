@@ -80,7 +80,7 @@ def _mapped(count: int) -> str:
 
 def mapped_clients(count: int) -> Turn:
     """A flow that maps a task which does nothing over ``count`` assignments, and waits for all results."""
-    folder = _prefect_folder()
+    folder = prefect_folder()
     from prefect import flow, task
     from prefect.cache_policies import NO_CACHE
 
@@ -161,7 +161,7 @@ def _study_with(count: int) -> tuple[Any, list[Any]]:
 
 def mapped_study(changes: list[str]) -> Turn:
     """A whole study by the main flow, with every step's time taken."""
-    home = _prefect_folder()
+    home = prefect_folder()
     from fedmentor_core.config_io import load_config
     from flows.federated_training import federated_training
 
@@ -239,7 +239,7 @@ class StepTimes:
         return total
 
 
-def _prefect_folder() -> "tempfile.TemporaryDirectory[str]":
+def prefect_folder() -> "tempfile.TemporaryDirectory[str]":
     """A Prefect home of the arm's own; its server starts with the first flow and ends with the process."""
     from flows.environment import prepare_environment
 

@@ -133,7 +133,13 @@ def private_round(rows: int) -> tuple[Any, Any, list[State]]:
     from fedmentor_core.wire.update import Base
     from fedmentor_core.workspace import workspace_of
 
-    changes = ["privacy.noise_seed=1", "tracking.enabled=false", f"evaluation.max_gate_examples={rows}"]
+    changes = [
+        "wire.upload=fp32",
+        "wire.download=fp32",
+        "privacy.noise_seed=1",
+        "tracking.enabled=false",
+        f"evaluation.max_gate_examples={rows}",
+    ]
     with tempfile.TemporaryDirectory(prefix="fedmentor-bench-") as folder:
         workspace = workspace_of(open_study(load_config(QUICKSTART, changes), Path(folder, "study")))
         start = RoundState.first(workspace)

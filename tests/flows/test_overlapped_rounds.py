@@ -80,7 +80,7 @@ def where_clients_trained(study_name: str) -> dict[str, set[str]]:
 def test_an_overlapped_study_is_the_same_study(tiny_study, tmp_path, rule):
     from flows.federated_training import federated_training
 
-    config = study(tiny_study, f"over-{rule}", rule, "on")
+    config = study(tiny_study, f"over-{rule}", rule, "always")
     plain = run_study(open_study(config, tmp_path / "core"))
     summary = federated_training(config, str(tmp_path / "prefect"))
 
@@ -101,7 +101,7 @@ def test_an_overlapped_study_is_the_same_study(tiny_study, tmp_path, rule):
 def test_a_rule_that_watches_utility_waits_for_it(tiny_study, tmp_path):
     from flows.federated_training import federated_training
 
-    config = study(tiny_study, "watching", "paper", "on")
+    config = study(tiny_study, "watching", "paper", "always")
     federated_training(config, str(tmp_path / "out"))
     assert where_clients_trained(config.name) == {
         f"round {index}": {f"train {domain} round {index}" for domain in ("one", "two")} for index in range(ROUNDS)
@@ -112,7 +112,7 @@ def test_a_death_after_training_ahead_repeats_no_charge(tiny_study, tmp_path, mo
     from flows.federated_training import federated_training
     from tasks import evaluation
 
-    config = study(tiny_study, "dying", "fixed", "on")
+    config = study(tiny_study, "dying", "fixed", "always")
     plain = run_study(open_study(config, tmp_path / "core"))
     original = evaluation.evaluate_one
     untrained = workspace_of(open_study(config, tmp_path / "core")).untrained_adapter

@@ -26,9 +26,9 @@ def test_threads_are_as_many_as_clients_and_those_that_wait_for_sites():
         ("auto", "threads", 1, 0, False),
         ("auto", "threads", 2, 0, True),
         ("auto", "ray", 0, 0, True),
-        ("on", "threads", 0, 0, True),
-        ("off", "ray", 2, 0, False),
-        ("on", "threads", 2, 1, False),
+        ("always", "threads", 0, 0, True),
+        ("never", "ray", 2, 0, False),
+        ("always", "threads", 2, 1, False),
     ],
 )
 def test_rounds_overlap_where_evaluation_leaves_machines_free(monkeypatch, setting, runner, n_gpus, n_sites, expected):
