@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from flows.prefect_database import put_database
 from flows.stack import provisioning
 from flows.stack.settings import SiteSettings, StackSettings
 from flows.stack.state import StackFolder
@@ -41,6 +42,7 @@ class PrefectService:
 
     def start_server(self) -> None:
         """A server with the work pools and deployments of ``prefect.yaml``, and a worker of the pool 'server'."""
+        put_database(Path(self.environment("prefect")["PREFECT_HOME"]))
         self.start("prefect", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port))
         until(lambda: answers(f"http://127.0.0.1:{self.port}/api/health"), 240, "Prefect's server")
         sites = tuple(SiteSettings(name=name) for name in GROUPS)

@@ -20,6 +20,7 @@ from running_stack import free_ports
 from test_kill_the_server_side import ROUNDS, Starts, charges, deaths, run_id
 
 from flows.finishing import read_state
+from flows.prefect_database import put_database
 from flows.track import catch_up, is_behind
 from tasks.mlflow_connection import mlflow_client
 from tasks.tracked_values import round_metrics
@@ -48,6 +49,7 @@ class PrefectServer:
             sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port),
             "--analytics-off", "--no-services",
         ]  # fmt: skip
+        put_database(home)
         self.start()
 
     def start(self) -> None:

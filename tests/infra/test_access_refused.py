@@ -30,6 +30,7 @@ from botocore.exceptions import ClientError
 from fedmentor_core.config import StorageConfig
 from fedmentor_core.errors import StorageError
 from fedmentor_core.storage.base import open_store
+from flows.prefect_database import put_database
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "infra" / "compose"
@@ -100,6 +101,7 @@ def servers(start, tmp_path_factory) -> dict[str, Server]:
     prefect_port, mlflow_port = free_port(), free_port()
     prefect_auth, admin_password = f"fedmentor:{secrets.token_urlsafe(16)}", secrets.token_urlsafe(16)
     quiet = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    put_database(home)
     start(
         "prefect",
         ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port), "--no-services"],
