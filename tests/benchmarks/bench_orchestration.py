@@ -163,6 +163,7 @@ def mapped_study(changes: list[str]) -> Turn:
     """A whole study by the main flow, with every step's time taken."""
     home = prefect_folder()
     from fedmentor_core.config_io import load_config
+    from flows.embedded import embedded_prefect
     from flows.federated_training import federated_training
 
     steps = StepTimes()
@@ -174,7 +175,11 @@ def mapped_study(changes: list[str]) -> Turn:
     def run(config: Any) -> Sample:
         assert home  # lives as long as the arm
         steps.forget()
-        with tempfile.TemporaryDirectory(prefix="fedmentor-bench-") as folder, ProcessTree() as tree:
+        with (
+            tempfile.TemporaryDirectory(prefix="fedmentor-bench-") as folder,
+            embedded_prefect(),
+            ProcessTree() as tree,
+        ):
             started = time.perf_counter()
             federated_training(config, str(Path(folder) / "out"))
             seconds = time.perf_counter() - started
