@@ -8,6 +8,7 @@ of the user. Whatever goes wrong here, Prefect makes the database itself, as it 
 import os
 import shutil
 import sqlite3
+import stat
 import subprocess
 import sys
 import tempfile
@@ -55,7 +56,7 @@ def put_database(home: Path) -> bool:
         return False
     with suppress(OSError, subprocess.SubprocessError, sqlite3.Error):
         template = cache_folder() / f"prefect-{version('prefect')}.db"
-        if not _is_migrated(template):
+        if not (_is_ours(template) and _is_migrated(template)):
             _make(template)
         home.mkdir(parents=True, exist_ok=True)
         return _put(template, target)
@@ -87,13 +88,20 @@ def _make(template: Path) -> None:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # all of it in the one file
         if not _is_migrated(made):
             raise OSError("Prefect made no database where it was told to")
+        os.chmod(made, 0o600)
         os.replace(made, template)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nobody else can have written it: Prefect would carry out what it holds, such as an automation."""
+    if not path.is_file():
+        return False
+    found = path.stat()
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _is_migrated(path: Path) -> bool:
     """Whether this is a whole database with Prefect's mark of what was applied."""
-    if not path.is_file():
-        return False
     try:
         with closing(sqlite3.connect(path)) as connection:
             marked = connection.execute("SELECT COUNT(*) FROM alembic_version").fetchone()[0]

@@ -99,6 +99,18 @@ def test_a_damaged_one_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "second" / "prefect.db").read_bytes() == whole
 
 
+def test_one_that_others_may_write_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    assert put_database(tmp_path / "first")
+    kept = next(cache.iterdir())
+    assert kept.stat().st_mode & 0o777 == 0o600
+    kept.chmod(0o666)
+    made: list[Path] = []
+    monkeypatch.setattr(prefect_database, "_make", made.append)
+    put_database(tmp_path / "second")
+    assert made == [kept]
+    kept.chmod(0o600)
+
+
 @pytest.mark.parametrize("problem", ["it fails", "no place to keep it"])
 def test_where_it_cannot_be_made_prefect_is_left_to_do_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
