@@ -54,7 +54,7 @@ def put_database(home: Path) -> bool:
     target = home / "prefect.db"
     if target.exists():
         return False
-    with suppress(OSError, subprocess.SubprocessError, sqlite3.Error):
+    with suppress(OSError, RuntimeError, subprocess.SubprocessError, sqlite3.Error):  # RuntimeError: there is no home
         template = cache_folder() / f"prefect-{version('prefect')}.db"
         if not (_is_ours(template) and _is_migrated(template)):
             _make(template)
@@ -66,17 +66,18 @@ def put_database(home: Path) -> bool:
 def cache_folder() -> Path:
     """Where what can be made again is kept: ``FEDMENTOR_CACHE_DIR``, else a folder in the user's cache."""
     if given := os.environ.get(CACHE_VARIABLE):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedmentor"
+        return Path(given).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "fedmentor"
 
 
 def _make(template: Path) -> None:
     template.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=template.parent) as home:
-        quiet = {"PREFECT_HOME": home, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         subprocess.run(
             [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"],
-            env=os.environ | quiet,
+            env=inherited | {"PREFECT_HOME": home, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"},
+            cwd=home,  # no settings file of the folder that we are in: a database of the user's is not ours to change
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

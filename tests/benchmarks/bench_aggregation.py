@@ -55,7 +55,7 @@ def aggregation(scale: Scale) -> Plan:
         "Ours verifies each file's digest and checks names, shapes, finiteness and norm, and adds in fp64; a rival's "
         "reads the tensors and adds in fp32, with no check.",
     ]
-    return Plan(arms, ratios, turns=1 if scale.quick else 5, fresh=True, notes=notes)
+    return Plan(arms, ratios, turns=1 if scale.quick else 3, fresh=True, notes=notes)
 
 
 @benchmark("aggregation-memory", title="memory and throughput of joining 3 to 1,000 updates", minutes=2.0)

@@ -44,7 +44,7 @@ def _plan(rows: int, tokens: int, scale: Scale, *, size: str = "small", device: 
     ]
     notes = [f"{rows} rows of {tokens} tokens, rank {RANK}, model {shape['size']!r}, half of the tokens are targets."]
     notes.append("On the processor, ratios of time are of processor time.")
-    turns = 2 if scale.quick else max(5, 15 * 8 * 64 // (rows * tokens))
+    turns = 2 if scale.quick else max(9, 15 * 8 * 64 // (rows * tokens))
     return Plan(arms, ratios, turns=turns, warm_up=1, notes=notes)
 
 

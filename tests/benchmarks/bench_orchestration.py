@@ -247,8 +247,10 @@ class StepTimes:
 def prefect_folder() -> "tempfile.TemporaryDirectory[str]":
     """A Prefect home of the arm's own; its server starts with the first flow and ends with the process."""
     from flows.environment import prepare_environment
+    from flows.prefect_database import provide_database
 
     folder = tempfile.TemporaryDirectory(prefix="fedmentor-bench-", ignore_cleanup_errors=True)
     os.environ.pop("PREFECT_API_URL", None)
     prepare_environment(Path(folder.name))
+    provide_database()
     return folder

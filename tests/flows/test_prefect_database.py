@@ -55,6 +55,19 @@ def test_it_is_what_prefect_itself_makes_and_prefect_changes_nothing_in_it(tmp_p
     assert [one.name for one in cache.iterdir()] == [f"prefect-{version('prefect')}.db"], "nothing else stays"
 
 
+def test_another_database_of_the_user_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``put_database``, as ``fedmentor up`` calls it, goes by the folder alone, whatever Prefect's settings name."""
+    theirs, folder = tmp_path / "theirs.db", tmp_path / "project"
+    folder.mkdir()
+    url = f"sqlite+aiosqlite:///{theirs}"
+    (folder / "prefect.toml").write_text(f'[server.database]\nconnection_url = "{url}"\n')
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", url)
+    monkeypatch.setenv("FEDMENTOR_CACHE_DIR", str(tmp_path / "cache"))
+    assert put_database(tmp_path / "home")
+    assert not theirs.exists()
+
+
 def test_the_second_time_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert put_database(tmp_path / "first")
     monkeypatch.setattr(prefect_database, "_make", lambda _: pytest.fail("made again"))

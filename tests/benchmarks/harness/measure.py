@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 from harness.plan import Arm, Benchmark, Plan, Sample, Scale
@@ -25,7 +26,7 @@ class Measurement:
     def run(self) -> None:
         """Measure every arm in every turn."""
         with ExitStack() as stack:
-            kept: dict[str, ArmProcess] = {}
+            kept = {} if self._plan.fresh else self._prepared(stack)
             turns = self._plan.warm_up + self._plan.turns
             for turn in range(turns):
                 for place, arm in enumerate(self._plan.arms):
@@ -34,17 +35,36 @@ class Measurement:
                     counted = turn >= self._plan.warm_up
                     what = f"turn {turn - self._plan.warm_up + 1} of {self._plan.turns}" if counted else "warm-up"
                     self._tell(f"{what}, {arm.name}", (turn + place / len(self._plan.arms)) / turns)
-                    sample = self._turn(arm, kept, stack)
+                    sample = self._turn(arm, kept)
                     if sample is not None and counted:
                         self.samples[arm.name].append(sample)
 
-    def _turn(self, arm: Arm, kept: dict[str, ArmProcess], stack: ExitStack) -> Sample | None:
+    def _prepared(self, stack: ExitStack) -> dict[str, ArmProcess]:
+        """The process of every arm. Nothing is measured yet, so two are prepared at a time."""
+        self._tell("preparing the arms", 0.0)
+        kept: dict[str, ArmProcess] = {}
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            starting = {arm.name: pool.submit(ArmProcess, arm) for arm in self._plan.arms}
+            for name, one in starting.items():
+                process = self._told_of(name, one)
+                if process is not None:
+                    kept[name] = stack.enter_context(process)
+        return kept
+
+    def _told_of(self, name: str, starting: "Future[ArmProcess]") -> ArmProcess | None:
+        try:
+            return starting.result()
+        except ArmSkippedError as reason:
+            self._out[name] = ArmResult(name, skipped=str(reason))
+        except ArmFailedError as error:
+            self._out[name] = ArmResult(name, failed=str(error))
+        return None
+
+    def _turn(self, arm: Arm, kept: dict[str, ArmProcess]) -> Sample | None:
         try:
             if self._plan.fresh:
                 with ArmProcess(arm) as process:
                     return process.turn()
-            if arm.name not in kept:
-                kept[arm.name] = stack.enter_context(ArmProcess(arm))
             return kept[arm.name].turn()
         except ArmSkippedError as reason:
             self._out[arm.name] = ArmResult(arm.name, skipped=str(reason))
