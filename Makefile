@@ -19,6 +19,7 @@ $(STAMP): pyproject.toml infra/constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[dev]'
+	@$(BIN)/python -m flows.prefect_database
 	@touch $(STAMP)
 
 run: $(STAMP)      ## Run the quickstart study (embedded default) and say where report and UIs are

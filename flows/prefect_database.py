@@ -25,6 +25,7 @@ _OTHER_DATABASE = (
     "PREFECT_SERVER_DATABASE_DRIVER",
 )
 _LIMIT_SECONDS = 180.0
+_FAILURES = (OSError, RuntimeError, subprocess.SubprocessError, sqlite3.Error)  # RuntimeError: there is no home
 
 
 def provide_database() -> bool:
@@ -54,13 +55,23 @@ def put_database(home: Path) -> bool:
     target = home / "prefect.db"
     if target.exists():
         return False
-    with suppress(OSError, RuntimeError, subprocess.SubprocessError, sqlite3.Error):  # RuntimeError: there is no home
-        template = cache_folder() / f"prefect-{version('prefect')}.db"
-        if not (_is_ours(template) and _is_migrated(template)):
-            _make(template)
+    with suppress(*_FAILURES):
+        template = kept_database()
         home.mkdir(parents=True, exist_ok=True)
         return _put(template, target)
     return False
+
+
+def kept_database() -> Path:
+    """The database that is copied, made where there is none, or none that only the user can have written.
+
+    Raises:
+        OSError, RuntimeError, subprocess.SubprocessError, sqlite3.Error: it could not be made or kept.
+    """
+    template = cache_folder() / f"prefect-{version('prefect')}.db"
+    if not (_is_ours(template) and _is_migrated(template)):
+        _make(template)
+    return template
 
 
 def cache_folder() -> Path:
@@ -123,3 +134,8 @@ def _put(template: Path, target: Path) -> bool:
     finally:
         os.unlink(name)
     return True
+
+
+if __name__ == "__main__":  # 'make install': so that the first study does not wait for it either
+    with suppress(*_FAILURES):
+        kept_database()
