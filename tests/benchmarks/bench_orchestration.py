@@ -235,6 +235,11 @@ class StepTimes:
         return min(start for start, _ in self._spans)
 
     @property
+    def last(self) -> float:
+        """When the last step ended."""
+        return max(end for _, end in self._spans)
+
+    @property
     def seconds(self) -> float:
         """In which at least one step ran."""
         total, until = 0.0, 0.0

@@ -6,11 +6,9 @@ watches utility has to wait for it.
 """
 
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
-from bench_orchestration import QUICKSTART, prefect_folder
+from bench_orchestration import QUICKSTART, StepTimes, prefect_folder
 from harness import Arm, Plan, Ratio, Sample, Scale, Turn, benchmark
 from harness.tree import ProcessTree
 
@@ -33,7 +31,7 @@ def overlap(scale: Scale) -> Plan:
         ],
         ratios=[Ratio("overlapped over one after the other", of="overlapped", to="one after the other")],
         turns=1 if scale.quick else 2,
-        notes=["Seconds are from the first client's start to the end of the last round's evaluation."],
+        notes=["Seconds are from the first client's start to the last round's verdict."],
     )
 
 
@@ -45,11 +43,14 @@ def study(changes: list[str]) -> Turn:
     from flows.federated_training import federated_training
 
     config = load_config(QUICKSTART, changes)
-    spans = Spans()
+    training, judging = StepTimes(), StepTimes()
+    training.watch("tasks.client_training", "train_one")
+    judging.watch("tasks.evaluation", "judge")
 
     def turn() -> Sample:
         assert home  # lives as long as the arm
-        spans.clear()
+        training.forget()
+        judging.forget()
         with (
             tempfile.TemporaryDirectory(prefix="fedmentor-bench-") as folder,
             ProcessTree() as tree,
@@ -57,45 +58,9 @@ def study(changes: list[str]) -> Turn:
         ):
             federated_training(config, str(Path(folder) / "out"))
         return Sample(
-            spans.seconds_of_rounds,
+            judging.last - training.first,
             peak_bytes=tree.peak_bytes,
             figures={"tree_cpu_seconds": tree.cpu_seconds},
         )
 
     return turn
-
-
-class Spans:
-    """When clients began to train, and when evaluations of gate sets ended."""
-
-    def __init__(self) -> None:
-        """Watch both as the tasks call them."""
-        import tasks.client_training
-        import tasks.evaluation
-
-        self._began: list[float] = []
-        self._ended: list[float] = []
-        train, evaluate = tasks.client_training.train_one, tasks.evaluation.evaluate_one
-
-        def training(*args: Any, **options: Any) -> Any:
-            self._began.append(time.perf_counter())
-            return train(*args, **options)
-
-        def evaluating(*args: Any, **options: Any) -> Any:
-            try:
-                return evaluate(*args, **options)
-            finally:
-                if self._began and "gate" in args:
-                    self._ended.append(time.perf_counter())
-
-        tasks.client_training.train_one, tasks.evaluation.evaluate_one = training, evaluating
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self._began.clear()
-        self._ended.clear()
-
-    @property
-    def seconds_of_rounds(self) -> float:
-        """From the first client's start to the end of the last gate evaluation."""
-        return max(self._ended) - min(self._began)

@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import TypeVar
 
 from harness.plan import Arm, Benchmark, Plan, Sample, Scale
 from harness.process import ArmFailedError, ArmProcess, ArmSkippedError
 from harness.results import ArmResult, BenchmarkResult, ratios_of
 
+Found = TypeVar("Found")
 Tell = Callable[[str, float], None]
 """What is being done, and which part of the benchmark is done, from 0 to 1."""
 
@@ -46,30 +48,26 @@ class Measurement:
         with ThreadPoolExecutor(max_workers=2) as pool:
             starting = {arm.name: pool.submit(ArmProcess, arm) for arm in self._plan.arms}
             for name, one in starting.items():
-                process = self._told_of(name, one)
+                process = self._unless_out(name, one.result)
                 if process is not None:
                     kept[name] = stack.enter_context(process)
         return kept
 
-    def _told_of(self, name: str, starting: "Future[ArmProcess]") -> ArmProcess | None:
+    def _turn(self, arm: Arm, kept: dict[str, ArmProcess]) -> Sample | None:
+        def fresh() -> Sample:
+            with ArmProcess(arm) as process:
+                return process.turn()
+
+        return self._unless_out(arm.name, fresh if self._plan.fresh else kept[arm.name].turn)
+
+    def _unless_out(self, name: str, ask: Callable[[], Found]) -> Found | None:
+        """What the arm gives; one that cannot give it is out from then on."""
         try:
-            return starting.result()
+            return ask()
         except ArmSkippedError as reason:
             self._out[name] = ArmResult(name, skipped=str(reason))
         except ArmFailedError as error:
             self._out[name] = ArmResult(name, failed=str(error))
-        return None
-
-    def _turn(self, arm: Arm, kept: dict[str, ArmProcess]) -> Sample | None:
-        try:
-            if self._plan.fresh:
-                with ArmProcess(arm) as process:
-                    return process.turn()
-            return kept[arm.name].turn()
-        except ArmSkippedError as reason:
-            self._out[arm.name] = ArmResult(arm.name, skipped=str(reason))
-        except ArmFailedError as error:
-            self._out[arm.name] = ArmResult(arm.name, failed=str(error))
         return None
 
     @property
